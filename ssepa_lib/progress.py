@@ -1,0 +1,128 @@
+"""Progress of trainings and notebooks: a training writes where it is, the runner shows it.
+
+A notebook's kernel is another process, so a training tells the runner through a small file named by the environment
+variable `SSEPA_PROGRESS`; without it, the same callback moves an ordinary progress bar.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PROGRESS = "SSEPA_PROGRESS"
+
+
+def progress_writer(label: str, steps: int) -> Callable[[int, Mapping[str, float]], None]:
+    """A callback for `train(..., on_step=...)`: called as `on_step(step, terms)`, steps from 0, terms with `total`.
+
+    Under the runner it tells the runner where the training is; anywhere else it moves a progress bar.
+    """
+    target = os.environ.get(PROGRESS)
+    if target is None:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=steps, desc=label)
+    state: dict[str, Any] = {"label": label, "steps": steps}
+    written = 0.0
+
+    def on_step(step: int, terms: Mapping[str, float]) -> None:
+        nonlocal written
+        state.setdefault("first", step)
+        state.setdefault("began", time.time())
+        if target is None:
+            bar.update(step + 1 - bar.n)
+        elif time.time() - written > 0.3 or step + 1 == steps:
+            written = time.time()
+            state.update(step=step + 1, loss=float(terms.get("total", float("nan"))), now=written)
+            Path(target + ".new").write_text(json.dumps(state))
+            os.replace(target + ".new", target)
+
+    return on_step
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, `m:ss`."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+class Display:
+    """Rows of notebooks with their state and, while one trains, its step, loss and time left."""
+
+    def __init__(self, names: Sequence[str], progress: Path):
+        from rich.console import Console
+
+        self.console = Console(highlight=False)
+        self.progress = progress
+        self.rows = {name: ["waiting", "", ""] for name in names}  # state, cell, time
+        self.current, self.began, self.cell = "", 0.0, ""
+        self.done = threading.Event()
+
+    def training(self) -> str:
+        """One line about a training in progress, or nothing."""
+        try:
+            state = json.loads(self.progress.read_text())
+        except (OSError, ValueError):
+            return ""
+        if state["step"] >= state["steps"]:
+            return ""
+        taken = max(state["step"] - state["first"], 1)
+        left = (state["now"] - state["began"]) / taken * (state["steps"] - state["step"])
+        return f"{state['label']}: step {state['step']}/{state['steps']}, loss {state['loss']:.3f}, {clock(left)} left"
+
+    def render(self):
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("notebook", "", "cell", "time", ""):
+            table.add_column(column, style="dim" if column == "time" else None)
+        colours = {"done": "green", "failed": "red", "skipped": "yellow", "running": "bold cyan"}
+        for name, (state, cell, taken) in self.rows.items():
+            running = state == "running"
+            cells = (self.cell, clock(time.time() - self.began), self.training()) if running else (cell, taken, "")
+            table.add_row(name, f"[{colours.get(state, 'dim')}]{state}[/]", *cells)
+        return table
+
+    def _lines(self) -> None:
+        """Without a terminal: one plain line every 20 s while something trains."""
+        last = ""
+        while not self.done.wait(20):
+            line = self.training()
+            if line and line != last:
+                self.console.print(f"    {line}", soft_wrap=True)
+            last = line
+
+    @contextmanager
+    def show(self):
+        """Keep the display up while the notebooks run."""
+        from rich.live import Live
+
+        if self.console.is_terminal:
+            with Live(get_renderable=self.render, console=self.console, refresh_per_second=4):
+                yield
+            return
+        thread = threading.Thread(target=self._lines, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.done.set()
+            thread.join()
+
+    def start(self, name: str) -> None:
+        self.progress.unlink(missing_ok=True)
+        self.current, self.began, self.cell = name, time.time(), ""
+        self.rows[name][0] = "running"
+
+    def at_cell(self, index: int, total: int) -> None:
+        self.cell = f"{index + 1}/{total}"
+
+    def end(self, name: str, state: str) -> None:
+        taken = clock(time.time() - self.began) if name == self.current else ""
+        self.rows[name] = [state, self.cell if taken else "", taken]
+        if not self.console.is_terminal:
+            position = list(self.rows).index(name) + 1
+            self.console.print(f"[{position}/{len(self.rows)}] {name}: {state} {taken}".rstrip(), markup=False)

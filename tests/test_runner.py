@@ -1,0 +1,139 @@
+"""The runner on tiny notebooks: selection, checks before anything runs, order, failures, products."""
+
+import json
+
+import nbformat
+import pytest
+
+from ssepa_lib.errors import UserError
+from ssepa_lib.progress import PROGRESS, Display, progress_writer
+from ssepa_lib.report import headline
+from ssepa_lib.runner import check_parameters, coerce, discover, run_workbook, select
+
+DEFAULTS = 'preset = "shapes"\nsteps = 3\nlr = 1e-3\nquick = True\nseeds = [0, 1]'
+
+
+def write(folder, name, *cells, needs=(), parameters=DEFAULTS, tags=("parameters",)):
+    notebook = nbformat.v4.new_notebook(metadata={"ssepa": {"needs": list(needs)}})
+    notebook.cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}")]
+    notebook.cells += [nbformat.v4.new_code_cell(parameters, metadata={"tags": list(tags)})]
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in cells]
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "notebooks"
+    path.mkdir()
+    return path
+
+
+def test_order_follows_needs_not_only_numbers(folder):
+    write(folder, "00_a", needs=["02_c"])
+    write(folder, "01_b")
+    write(folder, "02_c")
+    write(folder, "scratch")
+    assert [n.name for n in discover(folder)] == ["01_b", "02_c", "00_a"]
+    write(folder, "02_c", needs=["00_a"])
+    with pytest.raises(UserError, match="00_a, 02_c"):
+        discover(folder)
+
+
+def test_selection(folder):
+    for name in ("00_a", "01_b", "02_c"):
+        write(folder, name)
+    notebooks = discover(folder)
+    assert [n.name for n in select(notebooks, ["02", "00_a"])] == ["00_a", "02_c"]
+    assert [n.name for n in select(notebooks, start="01")] == ["01_b", "02_c"]
+    with pytest.raises(UserError, match="no notebook '07'.*00_a, 01_b, 02_c"):
+        select(notebooks, ["07"])
+
+
+@pytest.mark.parametrize(
+    "source, tags", [("steps = 3\ntotal = steps * 2", ["parameters"]), ("print(1)", ["parameters"]), (DEFAULTS, [])]
+)
+def test_a_parameters_cell_holds_literals_only(folder, source, tags):
+    write(folder, "00_a", parameters=source, tags=tags)
+    with pytest.raises(UserError, match="00_a.*parameters"):
+        discover(folder)
+
+
+@pytest.mark.parametrize(
+    "text, default, value",
+    [("6e-5", 1.0, 6e-5), ("1", 0.5, 1.0), ("1e3", 3, 1000), ("false", True, False), ("6e-5", "x", "6e-5"),
+     ("[2, 3]", [0], [2, 3]), ("4", [0, 1], [4]), ([1], [0.5], [1.0]), (7, 3, 7)],
+)  # fmt: skip
+def test_values_become_the_type_of_the_default(text, default, value):
+    result = coerce("p", text, default)
+    assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    "value, default", [("six", 3), ("2.5", 3), ("1", True), (True, 3), ("x", 0.5), (3, "x"), ("[1, 'a']", [0])]
+)
+def test_a_wrong_type_is_an_error(value, default):
+    with pytest.raises(UserError, match="p is"):
+        coerce("p", value, default)
+
+
+def test_a_parameter_must_be_known_to_some_notebook_and_reaches_only_those(folder):
+    write(folder, "00_a", parameters="steps = 3")
+    write(folder, "01_b", parameters="seed = 0")
+    notebooks = discover(folder)
+    assert check_parameters(notebooks, {"steps": "5"}) == {"00_a": {"steps": 5}, "01_b": {}}
+    with pytest.raises(UserError, match="'stpes'.*seed, steps"):
+        check_parameters(notebooks, {"stpes": "5"})
+
+
+def test_bad_input_runs_nothing(folder, tmp_path):
+    write(folder, "00_a")
+    for arguments in ({"preset": "nowhere"}, {"parameters": {"stpes": 5}}, {"parameters": {"steps": "many"}}):
+        with pytest.raises(UserError):
+            run_workbook(notebooks=folder, results=tmp_path / "results", **arguments)
+    assert not (tmp_path / "results").exists()
+
+
+def test_run(folder, tmp_path, capfd):
+    """Overrides arrive; a failure keeps its copy, stops what depends on it and nothing else; exit status 1."""
+    record = "import os, pathlib\n"
+    record += "pathlib.Path(os.environ['SSEPA_RESULTS'], '{0}').write_text(repr((preset, steps, lr)))"
+    write(folder, "00_good", record.format("good"))
+    write(folder, "01_bad", "seen = 41", "1 / 0", "never = 1")
+    write(folder, "02_after", record.format("after"), needs=["01_bad"])
+    write(folder, "03_later", record.format("later"), needs=["02_after"])
+    write(folder, "04_other", record.format("other"), needs=["00_good"])
+    results = tmp_path / "results"
+    assert run_workbook("voc_mini", parameters={"steps": "5", "lr": "6e-5"}, results=results, notebooks=folder) == 1
+    assert (results / "good").read_text() == (results / "other").read_text() == "('voc_mini', 5, 6e-05)"
+    assert not (results / "after").exists() and not (results / "later").exists()
+    copy = nbformat.read(results / "voc_mini" / "notebooks" / "01_bad.ipynb", as_version=4)
+    assert any(o.output_type == "error" for c in copy.cells for o in c.get("outputs", []))
+    printed = capfd.readouterr().out
+    assert "01_bad, cell In [4]: ZeroDivisionError: division by zero" in printed
+    assert "02_after: skipped" in printed and "03_later: skipped" in printed and "[5/5] 04_other: done" in printed
+    report = results / "voc_mini" / "report"
+    index = (report / "index.html").read_text()
+    assert "Title of 04_other" in index and "failed" in index and (report / "00_good.html").exists()
+
+
+def test_a_training_tells_the_runner_where_it_is(tmp_path, monkeypatch):
+    target = tmp_path / "progress.json"
+    monkeypatch.setenv(PROGRESS, str(target))
+    on_step = progress_writer("toco-seed0", 300)
+    on_step(100, {"total": 0.5})  # resumed at 100
+    state = json.loads(target.read_text())
+    assert state["step"] == 101 and state["first"] == 100 and state["loss"] == 0.5
+    target.write_text(json.dumps(state | {"step": 200, "now": state["began"] + 50}))
+    assert Display(["03"], target).training() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
+
+
+def test_headline_shows_every_run_with_its_setting(tmp_path):
+    assert "No trained run" in headline(tmp_path)
+    setting = {"data": "shapes", "split": "val", "images": 200, "size": 96, "steps": 300, "batch": 8}
+    for run, value in (("toco-seed0", None), ("ssepa-seed0", 41.25)):
+        (tmp_path / run).mkdir()
+        miou = {"cam": 30.0, "refined_cam": value}
+        (tmp_path / run / "metrics.json").write_text(json.dumps({"val": {"setting": setting, "miou": miou}}))
+    text = headline(tmp_path)
+    assert "shapes val: 200 images, 96², 300 steps of 8" in text.splitlines()[0]
+    assert text.splitlines()[2].split() == ["ssepa-seed0", "val", "30.0", "–", "41.2", "–", "–"]
