@@ -1,0 +1,398 @@
+"""Scores of a trained network: one confusion matrix over the split for every product, with the setting it belongs to.
+
+The rule for mIoU everywhere in this project: one confusion matrix over all pixels of the split, pixels marked 255 left
+out, intersection over union per class in percent, averaged over background and those classes that occur in the ground
+truth or in the prediction. It is never a mean over images.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
+
+from ssepa_lib.cam import multi_scale_cam
+from ssepa_lib.datasets import IGNORE, SegmentationDataset
+from ssepa_lib.device import autocast, describe_device
+from ssepa_lib.errors import UserError
+from ssepa_lib.pseudo_labels import single_threshold_labels
+from ssepa_lib.recipe import CamConfig, Recipe
+from ssepa_lib.refinement import PixelAdaptiveRefinement, crf_pool
+from ssepa_lib.transforms import eval_batches
+
+THRESHOLDS = tuple(i / 10 for i in range(1, 10))
+MAPS = ("cam", "aux_cam", "refined_cam")
+PRODUCTS = (*MAPS, "pseudo_label", "segmentation")
+SEGMENTATION = {"raw": "segmentation", "ms": "segmentation_ms", "crf": "segmentation_ms_crf"}
+
+
+class Confusion:
+    """Confusion matrix over a split: rows are the ground truth, columns the prediction, 0 is background.
+
+    Args:
+        classes: names of the C foreground classes.
+    """
+
+    def __init__(self, classes: Sequence[str], device: torch.device | str = "cpu"):
+        self.names = ("background", *classes)
+        self.matrix = torch.zeros(len(self.names), len(self.names), dtype=torch.long, device=device)
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """Add pixels: prediction 0..C and mask 0..C or 255 (left out), integer tensors of equal shape."""
+        self.matrix += multiclass_confusion_matrix(
+            prediction.long(), mask.long(), len(self.names), ignore_index=IGNORE, validate_args=False
+        )
+
+    @property
+    def iou(self) -> Tensor:
+        """Intersection over union [C+1] in percent; NaN for a class in neither ground truth nor prediction."""
+        matrix = self.matrix.double().cpu()
+        hit = matrix.diagonal()
+        return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
+
+    @property
+    def miou(self) -> float | None:
+        """Mean over the classes that occur, percent; None before any pixel was added."""
+        return _number(self.iou.nanmean())
+
+    @property
+    def per_class(self) -> dict[str, float | None]:
+        """IoU by class name, percent; None for a class that does not occur."""
+        return {name: _number(value) for name, value in zip(self.names, self.iou, strict=True)}
+
+
+class ThresholdConfusion:
+    """Confusion matrices of one thresholded map at many thresholds, from a single pass.
+
+    The strongest class of a pixel does not depend on the threshold, so a histogram over (ground truth, strongest class,
+    threshold interval) holds every matrix.
+    """
+
+    def __init__(self, classes: Sequence[str], thresholds: Sequence[float], device: torch.device | str = "cpu"):
+        self.classes, self.thresholds = classes, sorted(thresholds)
+        self.edges = torch.tensor(self.thresholds, device=device)
+        side = len(classes) + 1
+        self.counts = torch.zeros(side, side, len(self.thresholds) + 1, dtype=torch.long, device=device)
+
+    def update(self, value: Tensor, winner: Tensor, mask: Tensor) -> None:
+        """Add pixels: largest score `value` (0..1), its class `winner` (1..C) and the mask, all [H, W]."""
+        seen = mask != IGNORE
+        side, _, bins = self.counts.shape
+        index = (mask[seen].long() * side + winner[seen]) * bins + torch.bucketize(value[seen], self.edges)
+        self.counts += torch.bincount(index, minlength=self.counts.numel()).view_as(self.counts)
+
+    def at(self, threshold: float) -> Confusion:
+        """The matrix of the rule 'strongest class where its score exceeds the threshold, else background'."""
+        cut = self.thresholds.index(threshold) + 1
+        confusion = Confusion(self.classes, self.counts.device)
+        confusion.matrix += self.counts[..., cut:].sum(-1)
+        confusion.matrix[:, 0] += self.counts[..., :cut].sum((1, 2))
+        return confusion
+
+
+def _number(value: Tensor) -> float | None:
+    return None if torch.isnan(value) else float(value)
+
+
+def _logit_maps(network, image: Tensor, scales: Sequence[float], flip: bool) -> list[Tensor]:
+    """Per scale the logits [B, C+1, h, w] of the image, plus those of its mirror (mirrored back) with `flip`."""
+    maps = []
+    for scale in scales:
+        size = [round(s * scale / p) * p for s, p in zip(image.shape[-2:], network.backbone.patch_size, strict=True)]
+        view = F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False)
+        logits = network(torch.cat([view, view.flip(-1)]) if flip else view).segmentation.float()
+        if flip:  # resizing is linear and symmetric, so adding before it gives the same as adding at label size
+            direct, mirrored = logits.chunk(2)
+            logits = direct + mirrored.flip(-1)
+        maps.append(logits)
+    return maps
+
+
+def _merge(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    resized = [F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
+    return torch.stack(resized).amax(0)
+
+
+@torch.no_grad()
+def segmentation_logits(
+    network, image: Tensor, scales: Sequence[float], flip: bool, size: Sequence[int] | None = None
+) -> Tensor:
+    """Multi-scale inference (ToCo, official evaluation): per scale the sum over mirror, then the maximum over scales.
+
+    Args:
+        image: [B, 3, H, W], 0..255.
+        scales: factors on the image size; each view is resized to the nearest multiple of the patch side.
+        flip: add the mirrored image.
+        size: (height, width) of the result; None: the image's.
+
+    Returns:
+        logits [B, C+1, *size], channel 0 background.
+    """
+    return _merge(_logit_maps(network, image, scales, flip), size or image.shape[-2:])
+
+
+def background_and_cam(cam: Tensor, background: float) -> Tensor:
+    """Probabilities [C+1, H, W] for the dense CRF: constant background score and valid CAMs, divided by their sum."""
+    scores = torch.cat([torch.full_like(cam[:1], background), cam])
+    return scores / scores.sum(0, keepdim=True)
+
+
+class _Pass:
+    """One pass over a split: what is wanted, what has been counted, and which CRF results are still to come."""
+
+    def __init__(
+        self, network, recipe: Recipe, dataset: SegmentationDataset, products, modes, cam: CamConfig, thresholds, device
+    ):  # fmt: skip
+        self.network, self.recipe, self.dataset, self.cam, self.device = network, recipe, dataset, cam, device
+        self.refine = recipe.affinity.kind != "none"
+        self.source = "refined_cam" if self.refine else "cam"  # the map that pseudo-labels are made of
+        self.modes = modes if "segmentation" in products else ()
+        wanted = [p for p in products if p != "segmentation" and (p != "refined_cam" or self.refine)]
+        self.curves = {p: ThresholdConfusion(dataset.classes, thresholds, device) for p in wanted if p in MAPS}
+        self.labels = {p: Confusion(dataset.classes, device) for p in wanted if p not in MAPS}
+        self.labels |= {SEGMENTATION[mode]: Confusion(dataset.classes, device) for mode in self.modes}
+        self.par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
+        self.scores, self.truth, self.waiting, self.done = [], [], deque(), 0
+
+    @torch.no_grad()
+    def batch(self, ids, images: Tensor, labels: Tensor, masks) -> Iterator[tuple]:
+        """Score one batch; yields the CRF jobs it causes, in the order of `self.waiting`."""
+        _require_masks(ids, masks, self.dataset)
+        images, labels = images.to(self.device), labels.to(self.device)
+        maps, cams = self._forward(images, labels)
+        pseudo = None
+        if "pseudo_label" in self.labels:
+            pseudo = single_threshold_labels(images.float(), cams[self.source], labels, self.par, self.cam.background)
+        for i, mask in enumerate(masks):
+            mask = mask.to(self.device)
+            present = labels[i].nonzero().flatten()
+            for product, curve in self.curves.items():
+                curve.update(*_strongest(cams[product][i], present, mask.shape), mask)
+            if pseudo is not None:
+                label = F.interpolate(pseudo[i][None, None].float(), size=mask.shape, mode="nearest")[0, 0]
+                self.labels["pseudo_label"].update(label, mask)
+            logits = {name: _merge([m[i : i + 1] for m in group], mask.shape)[0] for name, group in maps.items()}
+            for product in {"segmentation", "segmentation_ms"} & set(self.labels):
+                self.labels[product].update(logits[product].argmax(0), mask)
+            if "segmentation_ms_crf" in self.labels:
+                channels = torch.arange(len(self.dataset.classes) + 1, device=self.device)
+                yield self._job("segmentation_ms_crf", logits["segmentation_ms"].softmax(0), channels, mask)
+            if "pseudo_label_crf" in self.labels:
+                cam = F.interpolate(cams[self.source][i][None, present], size=mask.shape, mode="bilinear")[0]
+                channels = torch.cat([present.new_zeros(1), present + 1])
+                yield self._job("pseudo_label_crf", background_and_cam(cam, self.cam.background), channels, mask)
+            self.done += 1
+
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+        """Segmentation logits before resizing (one map for raw, one per scale for MS) and valid CAMs [B, C, H, W]."""
+        maps, cams, config = {}, {}, self.recipe.eval
+        with autocast(self.recipe.train.precision, self.device):
+            output = self.network(images, segment="raw" in self.modes, affinity=self.refine)
+            if "raw" in self.modes:
+                maps["segmentation"] = [output.segmentation.float()]
+            if self.curves or {"pseudo_label", "pseudo_label_crf"} & set(self.labels):
+                found = multi_scale_cam(self.network, images, labels, self.cam, affinity=self.refine, first=output)
+                cams = {"cam": found.cam, "aux_cam": found.aux_cam, "refined_cam": found.refined}
+            if {"ms", "crf"} & set(self.modes):
+                maps["segmentation_ms"] = _logit_maps(self.network, images, config.scales, config.flip)
+        self.scores.append(output.scores.float().cpu()), self.truth.append(labels.cpu())
+        return maps, cams
+
+    def _job(self, product: str, probabilities: Tensor, channels: Tensor, mask: Tensor) -> tuple:
+        """Image [H, W, 3] and probabilities for the CRF; remembers which class each channel is."""
+        self.waiting.append((product, channels, mask))
+        image = np.array(self.dataset.image(self.done))  # the CRF needs the image at its original size
+        return image, probabilities.cpu().numpy()
+
+    def collect(self, refined) -> None:
+        """Count the next CRF result, probabilities [channels, H, W]."""
+        product, channels, mask = self.waiting.popleft()
+        self.labels[product].update(channels[torch.as_tensor(refined).argmax(0).to(self.device)], mask)
+
+
+def _require_masks(ids: Sequence[str], masks: Sequence[Tensor | None], dataset: SegmentationDataset) -> None:
+    for id, mask in zip(ids, masks, strict=True):
+        if mask is None:
+            raise UserError(
+                f"split '{dataset.split}' of {dataset.name} has no mask for '{id}'; evaluate a split with masks, "
+                "or write predictions or a submission instead."
+            )
+
+
+def _strongest(cam: Tensor, present: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Largest value and its class id (1..C) [H, W] among the classes present, resized to `size`."""
+    if not len(present):
+        return cam.new_zeros(tuple(size)), present.new_ones(tuple(size))
+    value, index = F.interpolate(cam[None, present], size=tuple(size), mode="bilinear")[0].max(0)
+    return value, present[index] + 1
+
+
+def _settings(recipe: Recipe, dataset: SegmentationDataset, cam: CamConfig, cam_scales: str, device) -> dict:
+    parts = recipe.name.split("/")
+    return {
+        "data": dataset.name,
+        "split": dataset.split,
+        "images": len(dataset),
+        "size": recipe.data.eval_size,
+        "recipe": recipe.name,
+        "method": parts[1] if len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml")) else recipe.name,
+        "affinity": recipe.affinity.kind,
+        "supervision": recipe.affinity.supervision,
+        "cam_scales": cam_scales,
+        "background": cam.background,
+        "seed": recipe.train.seed,
+        "steps": recipe.train.steps,
+        "batch": recipe.data.batch,
+        "backbone": recipe.model.backbone,
+        "device": describe_device(device),
+        "recipe_hash": recipe.hash(),
+    }
+
+
+def _views(products: Sequence[str], recipe: Recipe, cam: CamConfig) -> dict[str, dict]:
+    """Scales, mirror and CRF behind every product: what has to stand next to its number."""
+    views = {}
+    for product in products:
+        if product == "segmentation":
+            scales, flip = [1.0], False
+        elif product.startswith("segmentation"):
+            scales, flip = recipe.eval.scales, recipe.eval.flip
+        else:
+            scales, flip = cam.scales, cam.flip
+        views[product] = {"scales": list(scales), "flip": flip, "crf": product.endswith("_crf")}
+    return views
+
+
+def describe_setting(setting: dict, product: str) -> str:
+    """One line to stand beside a number, such as `voc val, 1449 images, 448², scales 1, no mirror, no CRF, seed 0`."""
+    view = setting["products"][product]
+    size = f"{setting['size']}²" if setting["size"] else "original size"
+    return ", ".join(
+        [
+            f"{setting['data']} {setting['split']}",
+            f"{setting['images']} images",
+            size,
+            f"scales {'/'.join(f'{s:g}' for s in view['scales'])}",
+            "mirror" if view["flip"] else "no mirror",
+            "CRF" if view["crf"] else "no CRF",
+            f"{setting['steps']} steps of {setting['batch']}",
+            f"seed {setting['seed']}",
+        ]
+    )
+
+
+def evaluate(
+    network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    *,
+    device: torch.device | str,
+    segmentation: str | Sequence[str] = "raw",
+    products: Sequence[str] = PRODUCTS,
+    cam_scales: str = "raw",
+    thresholds: Sequence[float] = THRESHOLDS,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Score a network on a split with masks.
+
+    Images are resized to `data.eval_size`² (0: original size, one by one); every map is resized to its mask's original
+    size before it is compared. CAMs are multiplied by the image-level labels, as everywhere in this field. The
+    pseudo-label is the single-threshold label after pixel-adaptive refinement of the affinity-refined CAM, or of the
+    plain CAM in a recipe without affinity.
+
+    Args:
+        segmentation: any of `raw` (scale 1), `ms` (`eval.scales` and mirror), `crf` (dense CRF after `ms`).
+        products: any of `cam`, `aux_cam`, `refined_cam`, `pseudo_label`, `pseudo_label_crf`, `segmentation`.
+        cam_scales: `raw` (scale 1, no mirror) or `ms` (`cam.scales`, `cam.flip`).
+        thresholds: background thresholds of the curve, 0..1.
+        processes: worker processes of the dense CRF; None: its default.
+        progress: called with (images done, all images).
+
+    Returns:
+        `setting`, `miou` (percent, None where a product does not exist), `per_class`, `threshold_curve` and
+        `mean_average_precision` (percent, over the classes that occur); ready for JSON.
+
+    Raises:
+        UserError: an unknown product, an empty split or a missing mask.
+    """
+    device = torch.device(device)
+    modes = (segmentation,) if isinstance(segmentation, str) else tuple(segmentation)
+    _known("segmentation", modes, tuple(SEGMENTATION))
+    _known("products", products, (*PRODUCTS, "pseudo_label_crf"))
+    _known("cam_scales", (cam_scales,), ("raw", "ms"))
+    if not len(dataset):
+        raise UserError(f"split '{dataset.split}' of {dataset.name} is empty; check its list of images.")
+    cam = recipe.cam if cam_scales == "ms" else replace(recipe.cam, scales=[1.0], flip=False)
+    grid = sorted({*thresholds, cam.background})
+    training, network = network.training, network.to(device).eval()
+    run = _Pass(network, recipe, dataset, products, modes, cam, grid, device)
+
+    def jobs() -> Iterator:
+        for batch in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch, recipe.data.workers):
+            yield from run.batch(*batch)
+            if progress:
+                progress(run.done, len(dataset))
+
+    if "segmentation_ms_crf" in run.labels or "pseudo_label_crf" in run.labels:
+        for refined in crf_pool(jobs(), processes):
+            run.collect(refined)
+    else:
+        deque(jobs(), maxlen=0)
+    network.train(training)
+
+    confusions = {p: curve.at(cam.background) for p, curve in run.curves.items()} | run.labels
+    setting = _settings(recipe, dataset, cam, cam_scales, device)
+    return {
+        "setting": setting | {"products": _views(tuple(confusions), recipe, cam)},
+        "miou": {p: None for p in products if p != "segmentation"} | {p: c.miou for p, c in confusions.items()},
+        "per_class": {p: c.per_class for p, c in confusions.items()},
+        "threshold_curve": {"thresholds": list(thresholds)}
+        | {p: [curve.at(t).miou for t in thresholds] for p, curve in run.curves.items()},
+        "mean_average_precision": mean_average_precision(torch.cat(run.scores), torch.cat(run.truth)),
+    }
+
+
+def _known(name: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise UserError(f"evaluation: {name} holds '{value}'; choose from {', '.join(allowed)}.")
+
+
+def mean_average_precision(scores: Tensor, labels: Tensor) -> float | None:
+    """Mean average precision in percent of scores [n, C] against 0/1 labels [n, C], over the classes that occur."""
+    occurs = labels.sum(0) > 0
+    if not occurs.any():
+        return None
+    each = multilabel_average_precision(
+        scores[:, occurs], labels[:, occurs].long(), int(occurs.sum()), average="none", validate_args=False
+    )
+    return 100 * float(each.mean())
+
+
+def write_metrics(run_dir: Path, split: str, result: dict) -> Path:
+    """Merge the result of one split into a run's `metrics.json`; other splits stay, a crash leaves the old file.
+
+    Raises:
+        UserError: the existing file is not JSON.
+    """
+    path = Path(run_dir) / "metrics.json"
+    content = {}
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); delete it and evaluate again.") from error
+    content[split] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)
+    return path

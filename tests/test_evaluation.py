@@ -1,0 +1,231 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from ssepa_lib import evaluation
+from ssepa_lib.datasets import SegmentationDataset
+from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation import (
+    Confusion,
+    ThresholdConfusion,
+    background_and_cam,
+    describe_setting,
+    evaluate,
+    mean_average_precision,
+    segmentation_logits,
+    write_metrics,
+)
+from ssepa_lib.recipe import Recipe
+
+CLASSES = ("circle", "square")
+
+
+class ColourNetwork(nn.Module):
+    """Reads class 1 off the red channel and class 2 off the green one, pixel by pixel: always right."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = SimpleNamespace(patch_size=(1, 1))
+        self.classes = CLASSES
+
+    def forward(self, image, *, segment=True, affinity=False, mask=None):
+        cam = image[:, :2].float() / 255
+        logits = torch.cat([torch.full_like(cam[:, :1], 0.5), cam], 1)
+        return SimpleNamespace(
+            scores=cam.amax((2, 3)), cam=cam, aux_cam=cam, segmentation=logits if segment else None, affinity=None
+        )
+
+
+class TwoImages(SegmentationDataset):
+    """Two images of different sizes, a red half and a green quarter."""
+
+    name = "toy"
+
+    def __init__(self, masks=True):
+        super().__init__("val", CLASSES, ["a", "b"])
+        self.masks = masks
+
+    def label(self, i):
+        return torch.eye(2)[i]
+
+    def _ids(self, i):
+        ids = np.zeros((8, 12) if i else (10, 8), dtype=np.uint8)
+        ids[: ids.shape[0] // 2, : ids.shape[1] // (i + 1)] = i + 1
+        return ids
+
+    def image(self, i):
+        ids = self._ids(i)
+        return Image.fromarray(np.stack([255 * (ids == 1), 255 * (ids == 2), 0 * ids], -1).astype(np.uint8))
+
+    def mask(self, i):
+        return torch.from_numpy(self._ids(i)) if self.masks else None
+
+
+def recipe(size=0):
+    made = Recipe(name="toy/toco")
+    made.data.eval_size, made.data.workers, made.train.precision = size, 0, "fp32"
+    made.cam.par_dilations, made.cam.par_iterations = [1], 0  # refinement off: labels must follow the CAM exactly
+    return made
+
+
+def test_confusion_by_hand():
+    confusion = Confusion(CLASSES)
+    confusion.update(torch.tensor([0, 1, 1, 1, 0]), torch.tensor([0, 1, 0, 1, 255]))
+    assert confusion.matrix.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+    assert confusion.per_class == {"background": 50.0, "circle": pytest.approx(200 / 3), "square": None}
+    assert confusion.miou == pytest.approx((50 + 200 / 3) / 2)
+
+
+def test_confusion_is_over_the_split_not_a_mean_over_images():
+    together, first, second = Confusion(CLASSES), Confusion(CLASSES), Confusion(CLASSES)
+    pairs = [(torch.tensor([1, 1, 1, 1]), torch.tensor([1, 1, 1, 1])), (torch.tensor([0]), torch.tensor([1]))]
+    for part, pair in zip((first, second), pairs, strict=True):
+        part.update(*pair), together.update(*pair)
+    assert together.per_class["circle"] == 80.0
+    assert together.per_class["circle"] != (first.per_class["circle"] + second.per_class["circle"]) / 2
+
+
+def test_empty_confusion_has_no_miou():
+    assert Confusion(CLASSES).miou is None
+
+
+def test_predicted_but_absent_class_counts_as_zero():
+    confusion = Confusion(CLASSES)
+    confusion.update(torch.tensor([0, 2]), torch.tensor([0, 0]))
+    assert confusion.miou == pytest.approx((50 + 0) / 2)
+
+
+def test_threshold_histogram_equals_one_argmax_per_threshold():
+    torch.manual_seed(0)
+    cam = torch.rand(2, 40, 30)
+    cam[:, 0, :5] = 0.5  # ties with a threshold stay background
+    mask = torch.randint(0, 4, (40, 30)).where(torch.rand(40, 30) > 0.1, torch.tensor(255))
+    mask[mask == 3] = 0
+    curve = ThresholdConfusion(CLASSES, (0.1, 0.5, 0.9))
+    value, index = cam.max(0)
+    curve.update(value, index + 1, mask)
+    for threshold in (0.1, 0.5, 0.9):
+        slow = Confusion(CLASSES)
+        slow.update(torch.cat([torch.full_like(cam[:1], threshold), cam]).argmax(0), mask)
+        assert torch.equal(curve.at(threshold).matrix, slow.matrix)
+
+
+def test_segmentation_logits_equal_the_plain_loop():
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.conv = SimpleNamespace(patch_size=(4, 4)), nn.Conv2d(3, 3, 4, 4)
+
+        def forward(self, image, **_):
+            return SimpleNamespace(segmentation=self.conv(image / 255))
+
+    network, image = Network(), torch.randint(0, 256, (2, 3, 32, 24), dtype=torch.uint8)
+    each = []
+    for size in ((32, 24), (40, 32)):  # 1.25 · 24 = 30 is 7.5 patches: 8
+        view = F.interpolate(image.float(), size=size, mode="bilinear")
+        total = F.interpolate(network(view).segmentation, size=(50, 41), mode="bilinear")
+        mirrored = F.interpolate(network(view.flip(-1)).segmentation, size=(50, 41), mode="bilinear")
+        each.append(total + mirrored.flip(-1))
+    expected = torch.maximum(*each)
+    assert torch.allclose(segmentation_logits(network, image, [1.0, 1.25], True, (50, 41)), expected, atol=1e-5)
+    assert segmentation_logits(network, image, [1.0], False).shape == (2, 3, 32, 24)
+
+
+def test_a_right_network_scores_100_everywhere():
+    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", segmentation=("raw", "ms"))
+    assert result["miou"].pop("refined_cam") is None
+    assert all(value == 100 for value in result["miou"].values()), result["miou"]
+    assert set(result["miou"]) == {"cam", "aux_cam", "pseudo_label", "segmentation", "segmentation_ms"}
+    assert result["per_class"]["segmentation"] == {"background": 100.0, "circle": 100.0, "square": 100.0}
+    assert result["threshold_curve"]["cam"] == [100.0] * 9
+    assert result["mean_average_precision"] == 100
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_setting_tells_scales_mirror_and_crf():
+    setting = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", segmentation=("raw", "ms"))["setting"]
+    assert setting["products"]["segmentation"] == {"scales": [1.0], "flip": False, "crf": False}
+    assert setting["products"]["segmentation_ms"] == {"scales": [1.0, 1.25, 1.5], "flip": True, "crf": False}
+    assert setting["method"] == "toco" and setting["split"] == "val" and setting["images"] == 2
+    line = describe_setting(setting, "segmentation_ms")
+    assert "8²" in line and "scales 1/1.25/1.5" in line and "mirror" in line and "no CRF" in line
+    ms = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", products=("cam",), cam_scales="ms")
+    assert ms["setting"]["products"]["cam"] == {"scales": [1.0, 0.5, 1.5], "flip": True, "crf": False}
+
+
+def test_classes_the_image_does_not_show_are_not_predicted_by_the_cam():
+    class Wrong(TwoImages):
+        def label(self, i):
+            return torch.tensor([0.0, 1.0])
+
+    result = evaluate(ColourNetwork(), recipe(), Wrong(), device="cpu", products=("cam", "segmentation"))
+    assert result["per_class"]["cam"]["circle"] == 0
+    assert result["per_class"]["segmentation"]["circle"] == 100
+
+
+def test_crf_results_meet_their_own_masks(monkeypatch):
+    seen = []
+
+    def unchanged(jobs, processes):
+        for image, probabilities in jobs:
+            assert image.shape[:2] == probabilities.shape[1:] and abs(probabilities.sum(0) - 1).max() < 1e-5
+            seen.append(len(probabilities))
+            yield probabilities
+
+    monkeypatch.setattr(evaluation, "crf_pool", unchanged)
+    products = ("pseudo_label_crf", "segmentation")
+    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", segmentation="crf", products=products)
+    assert result["miou"] == {"pseudo_label_crf": 100.0, "segmentation_ms_crf": 100.0}
+    assert seen == [3, 2, 3, 2]  # segmentation: all classes; pseudo-label: background and the one present
+    assert result["setting"]["products"]["segmentation_ms_crf"]["crf"] is True
+
+
+def test_background_and_cam_keeps_the_threshold():
+    cam = torch.tensor([0.4, 0.6]).view(1, 1, 2)
+    probabilities = background_and_cam(cam, 0.5)
+    assert probabilities.argmax(0).tolist() == [[0, 1]]
+    assert torch.allclose(probabilities.sum(0), torch.ones(1, 2))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(UserError, match="no mask for 'a'"):
+        evaluate(ColourNetwork(), recipe(), TwoImages(masks=False), device="cpu")
+    with pytest.raises(UserError, match="cams"):
+        evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", products=("cams",))
+    with pytest.raises(UserError, match="choose from raw, ms, crf"):
+        evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", segmentation="multi")
+
+
+def test_progress_counts_images_and_training_mode_returns():
+    network, calls = ColourNetwork().train(), []
+    evaluate(network, recipe(), TwoImages(), device="cpu", products=("cam",), progress=lambda *c: calls.append(c))
+    assert calls[-1] == (2, 2) and network.training
+
+
+def test_mean_average_precision_by_hand():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
+    labels = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    assert mean_average_precision(scores, labels) == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert mean_average_precision(scores, torch.zeros(3, 2)) is None
+
+
+def test_metrics_of_several_splits_merge(tmp_path):
+    write_metrics(tmp_path / "run", "val", {"miou": {"cam": 1.0}})
+    path = write_metrics(tmp_path / "run", "train", {"miou": {"cam": 2.0}})
+    write_metrics(tmp_path / "run", "val", {"miou": {"cam": 3.0}})
+    content = json.loads(path.read_text())
+    assert content == {"val": {"miou": {"cam": 3.0}}, "train": {"miou": {"cam": 2.0}}}
+    with pytest.raises(ValueError):
+        write_metrics(tmp_path / "run", "val", {"miou": {"cam": float("nan")}})
+    assert json.loads(path.read_text()) == content and len(list((tmp_path / "run").iterdir())) == 1
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        write_metrics(tmp_path / "run", "val", {})
