@@ -216,6 +216,9 @@ class EvalConfig:
     batch: int = 16
 
 
+_NOT_TRAINED = ("root", "workers", "eval_size", "val_images", "val_split")  # data fields that leave the weights alone
+
+
 @dataclass
 class Recipe:
     """One run: data → network → affinity → CAM → losses → optimiser. Immutable by convention once loaded."""
@@ -251,7 +254,7 @@ class Recipe:
         """Ten hex digits that change whenever the trained result could; logging, loader and evaluation fields do not count."""
         content = asdict(self)
         content.pop("name"), content.pop("eval")
-        content["data"] = {k: v for k, v in content["data"].items() if k not in ("workers", "eval_size", "val_images", "val_split")}
+        content["data"] = {k: v for k, v in content["data"].items() if k not in _NOT_TRAINED}
         content["train"] = {k: v for k, v in content["train"].items() if k not in ("log_every", "save_every")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 

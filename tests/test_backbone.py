@@ -1,0 +1,129 @@
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ssepa_lib.backbone import Backbone
+from ssepa_lib.errors import UserError
+from ssepa_lib.recipe import ModelConfig
+
+ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+
+
+def micro(**changes) -> Backbone:
+    return Backbone(ModelConfig(**{"backbone": "vit_tiny_patch16_224", "backbone_args": ARGS, "weights": "none", **changes})).eval()
+
+
+def test_tokens_equal_timm(tmp_path):
+    backbone, image = micro(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    plain = backbone.vit.forward_features((image / 255 - 0.5) / 0.5)
+    out = backbone(image)
+    torch.testing.assert_close(out.patches, plain[:, 1:])
+    torch.testing.assert_close(out.cls, plain[:, 0])
+
+
+def test_auxiliary_tokens_are_the_raw_output_of_the_third_last_block():
+    backbone, image = micro(), torch.rand(1, 3, 32, 32) * 255
+    seen = {}
+    backbone.vit.blocks[1].register_forward_hook(lambda m, i, o: seen.setdefault("x", o))
+    torch.testing.assert_close(backbone(image).aux, seen["x"][:, 1:])
+
+
+@pytest.mark.parametrize(("height", "width", "grid"), [(32, 32, (4, 4)), (24, 48, (3, 6)), (30, 50, (4, 6))])
+def test_rectangles_and_odd_sizes(height, width, grid):
+    out = micro()(torch.rand(1, 3, height, width) * 255)
+    assert out.grid == grid and out.patches.shape == (1, grid[0] * grid[1], 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("vit_small_patch14_reg4_dinov2.lvd142m", 5), ("deit_small_patch16_224.fb_in1k", 1),
+     ("eva02_tiny_patch14_224.mim_in22k", 1), ("vit_small_patch16_dinov3.lvd1689m", 5)],
+)  # fmt: skip
+def test_other_vision_transformers(name, prefix):
+    backbone = Backbone(ModelConfig(backbone=name, weights="none")).eval()
+    with torch.no_grad():
+        out = backbone(torch.rand(1, 3, 56, 84) * 255, capture=True)
+    assert out.prefix == prefix and len(out.queries) == backbone.depth
+    assert out.queries[0].shape[2] == prefix + out.grid[0] * out.grid[1] == out.keys[-1].shape[2]
+
+
+def test_captured_attention_is_the_attention_that_was_used():
+    backbone, image = micro(), torch.rand(1, 3, 32, 32) * 255
+    used = {}
+    attention = backbone.vit.blocks[2].attn
+    attention.fused_attn = False
+    attention.attn_drop.register_forward_hook(lambda m, i, o: used.setdefault("map", o))
+    backbone(image)
+    attention.fused_attn = True
+    out = backbone(image, capture=True)
+    q, k = out.queries[2], out.keys[2]
+    torch.testing.assert_close((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1), used["map"])
+
+
+def test_capture_changes_nothing_and_needs_fused_attention():
+    backbone, image = micro(), torch.rand(1, 3, 32, 32) * 255
+    assert torch.equal(backbone(image).patches, backbone(image, capture=True).patches)
+    backbone.vit.blocks[0].attn.fused_attn = False
+    with pytest.raises(UserError, match="fused attention"):
+        backbone(image, capture=True)
+
+
+def test_mask_token_replaces_exactly_the_masked_patches():
+    backbone, mask = micro(), torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    image = torch.rand(1, 3, 32, 32) * 255
+    changed = image.clone()
+    changed[:, :, 8:16, 8:16] = 0  # patch 5 of a 4×4 grid
+    assert torch.allclose(backbone(image, mask=mask).patches, backbone(changed, mask=mask).patches)
+    assert not torch.allclose(backbone(image).patches, backbone(changed).patches)
+
+
+def test_checkpointing_changes_no_gradient():
+    image, grads = torch.rand(1, 3, 32, 32) * 255, []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig(backbone="vit_tiny_patch16_224", backbone_args=ARGS, weights="none")
+        backbone = Backbone(config, checkpointing=checkpointing)
+        backbone(image).patches.square().sum().backward()
+        grads.append(backbone.vit.blocks[0].attn.qkv.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_pooled_class_token_drops_prefix_tokens():
+    out = micro(aggregator="gap")(torch.rand(1, 3, 32, 32) * 255)
+    assert out.prefix == 0 and out.cls is None and out.patches.shape == (1, 16, 32)
+
+
+def test_weights_round_trip(tmp_path):
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=7, **ARGS)
+    save_file({k: v.half() for k, v in reference.state_dict().items()}, tmp_path / "w.safetensors")
+    backbone = micro(weights=str(tmp_path / "w.safetensors"))
+    expected = reference.blocks[3].mlp.fc1.weight.half().float()
+    assert torch.equal(backbone.vit.blocks[3].mlp.fc1.weight, expected)
+
+
+def test_bad_weights_are_explained(tmp_path):
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=0, **{**ARGS, "embed_dim": 48})
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not a weight file")
+    for name, word in (("other", "does not fit"), ("broken", "not a readable"), ("absent", "does not exist")):
+        with pytest.raises(UserError, match=word):
+            micro(weights=str(tmp_path / f"{name}.safetensors"))
+
+
+def test_bad_settings_are_explained():
+    with pytest.raises(UserError, match="smaller than a"):
+        micro()(torch.rand(1, 3, 7, 32))
+    with pytest.raises(UserError, match="aux_block"):
+        micro(aux_block=-9)
+    with pytest.raises(UserError, match="model.backbone"):
+        micro(backbone="vit_of_no_kind")
+    with pytest.raises(UserError, match="not a plain vision transformer"):
+        Backbone(ModelConfig(backbone="swin_tiny_patch4_window7_224", weights="none"))
+
+
+def test_real_weights_load(vit_tiny_weights):
+    backbone = Backbone(ModelConfig(backbone=vit_tiny_weights.stem))
+    assert backbone.vit.blocks[0].attn.qkv.weight.std() > 0.02
+    assert backbone.mean.flatten().tolist() == [127.5] * 3
