@@ -1,0 +1,70 @@
+"""Where a class token comes from when the backbone has none: FSR's attention aggregator and its two baselines."""
+
+import torch
+from timm.layers import Mlp, trunc_normal_
+from torch import Tensor, nn
+
+
+class CrossAttentionBlock(nn.Module):
+    """One query attends to the patches: pre-norm cross-attention and MLP, both residual."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm_query = nn.LayerNorm(width, eps=1e-6)
+        self.norm_patches = nn.LayerNorm(width, eps=1e-6)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm_mlp = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, query: Tensor, patches: Tensor, *, maps: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Query [B, 1, D], patches [B, N, D] → query [B, 1, D], maps [B, H, 1, N] if asked for (else fused, None)."""
+        seen = self.norm_patches(patches)
+        mixed, weights = self.attention(
+            self.norm_query(query), seen, seen, need_weights=maps, average_attn_weights=False
+        )
+        query = query + mixed
+        return query + self.mlp(self.norm_mlp(query)), weights
+
+
+class ClassAggregator(nn.Module):
+    """Attention aggregator MCA (FSR, Section 3.4): a learned class token gathers the patches in cross-attention blocks.
+
+    Keys and values are the patch tokens alone, so the class token never sees itself; the last LayerNorm covers
+    [class, patches].
+
+    Args:
+        width: D.
+        heads: attention heads, as in the backbone.
+        depth: cross-attention blocks.
+        norm: the last LayerNorm; pass the backbone's pre-trained one (and take it out there), default a fresh one.
+
+    Shape:
+        patches [B, N, D] → class token [B, D], patches [B, N, D], both normalised.
+    """
+
+    def __init__(self, width: int, heads: int, *, depth: int = 2, norm: nn.Module | None = None):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        trunc_normal_(self.cls_token, std=0.02)
+        self.blocks = nn.ModuleList(CrossAttentionBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6) if norm is None else norm
+
+    def _gather(self, patches: Tensor, maps: bool) -> tuple[Tensor, Tensor | None]:
+        query, weights = self.cls_token.expand(len(patches), -1, -1), None
+        for block in self.blocks:
+            query, weights = block(query, patches, maps=maps)
+        return query, weights
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        query, _ = self._gather(patches, maps=False)
+        tokens = self.norm(torch.cat([query, patches], 1))  # [B, 1+N, D]
+        return tokens[:, 0], tokens[:, 1:]
+
+    def attention(self, patches: Tensor) -> Tensor:
+        """Class-to-patch attention of the last block, [B, N, D] → [B, H, N]; every row sums to one."""
+        return self._gather(patches, maps=True)[1][:, :, 0]
+
+
+def pool_class(patches: Tensor, kind: str) -> Tensor:
+    """Class token without attention, [B, N, D] → [B, D]: "gap" averages the patches, "gmp" takes their maximum."""
+    return patches.mean(1) if kind == "gap" else patches.amax(1)

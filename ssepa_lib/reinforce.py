@@ -1,0 +1,194 @@
+"""Feature self-reinforcement: a teacher of the whole network guides a student that sees a masked view (FSR, Section 3).
+
+unc.FSR recovers the patches that were masked because their class is uncertain; cer.FSR asks the class token of what is
+left to agree with the teacher's class token of another view of the same image.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ssepa_lib.cam import normalise_cam
+from ssepa_lib.network import Network, NetworkOutput, ProjectionHead
+from ssepa_lib.recipe import Recipe, ReinforceConfig
+
+
+def teacher_momentum(config: ReinforceConfig, fraction: float) -> float:
+    """Momentum of the teacher after `fraction` (0..1) of all steps: from `momentum` to 1 on a half cosine."""
+    return 1 - (1 - config.momentum) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def teacher_temperature(config: ReinforceConfig, fraction: float) -> float:
+    """Temperature of the teacher after `fraction` (0..1) of all steps: linear up to `teacher_warmup`, then constant."""
+    low, high = config.teacher_temperature
+    return low + (high - low) * min(fraction / max(config.teacher_warmup, 1e-9), 1.0)
+
+
+def edge_strength(image: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+    """Mean grey-value gradient per block of patches, [B, 3, H, W] in 0..255 → [B, ⌈h/block⌉, ⌈w/block⌉]."""
+    down, right = torch.gradient(image.float().mean(1), dim=(1, 2))
+    patches = F.interpolate(torch.hypot(down, right).unsqueeze(1), grid, mode="area")  # [B, 1, h, w]
+    return F.avg_pool2d(patches, block, ceil_mode=True)[:, 0]
+
+
+def mask_blocks(
+    activation: Tensor, image: Tensor, config: ReinforceConfig, fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Choose the patches hidden from the student (FSR, Section 3.2).
+
+    The grid is cut into blocks of `mask_block`² patches (smaller at the right and lower border if it does not divide)
+    and round(mask_ratio · blocks) of them are masked. Until `random_until` of training they are random; then
+    "loose" takes uncertain blocks first and fills up at random, "strict" takes uncertain ones only, "edge" takes
+    those with the strongest image gradient, and "random" stays random. A block is uncertain when the activation at
+    its centre lies strictly between the two values of `uncertain`.
+
+    Args:
+        activation: [B, h, w], 0..1, the normalised auxiliary CAM's maximum over the classes of the label.
+        image: [B, 3, H, W], 0..255, the view to be masked.
+        fraction: share of all steps done, 0..1.
+        generator: source of the random order.
+
+    Returns:
+        bool [B, h·w], True where masked.
+    """
+    (batch, h, w), block = activation.shape, config.mask_block
+    low, high = config.uncertain
+    rows, columns = (torch.arange(0, n, block).add(block // 2).clamp(max=n - 1) for n in (h, w))
+    centres = activation[:, rows][:, :, columns].flatten(1)  # [B, M]
+    uncertain = (centres > low) & (centres < high)
+    order = torch.rand(centres.shape, generator=generator, device=generator.device).to(activation.device)
+    selection = config.selection if fraction >= config.random_until else "random"
+    if selection == "edge":
+        order = edge_strength(image, (h, w), block).flatten(1)
+    elif selection != "random":
+        order = order + uncertain
+    count = round(config.mask_ratio * centres.shape[1])
+    chosen = torch.zeros_like(uncertain).scatter_(1, order.topk(count).indices, True)
+    if selection == "strict":
+        chosen &= uncertain
+    chosen = chosen.view(batch, len(rows), len(columns))
+    return chosen.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w].flatten(1)
+
+
+class Teacher(nn.Module):
+    """Exponential moving average of the student's parameters: never trained, always in evaluation mode."""
+
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        self.module = copy.deepcopy(student).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """teacher ← momentum · teacher + (1 − momentum) · student, for every parameter."""
+        get_ema_multi_avg_fn(momentum)(list(self.module.parameters()), list(student.parameters()), 0)
+
+
+class Centers(nn.Module):
+    """Running means of the teacher's outputs, one for class tokens and one for patches; subtracting them keeps the
+    teacher from answering the same for every input (DINO, Section 3.1)."""
+
+    def __init__(self, outputs: int, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("cls", torch.zeros(outputs))
+        self.register_buffer("patches", torch.zeros(outputs))
+
+    @torch.no_grad()
+    def update(self, cls: Tensor, patches: Tensor) -> None:
+        """Move both centres to the batch means of `cls` [..., E] and `patches` [..., E], averaged over processes."""
+        means = torch.stack([x.float().flatten(0, -2).mean(0) for x in (cls, patches)])  # [2, E]
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        self.cls.lerp_(means[0], 1 - self.momentum)
+        self.patches.lerp_(means[1], 1 - self.momentum)
+
+
+def self_distillation(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Cross-entropy from the teacher's centred, sharpened distribution to the student's (FSR, Eq. 6 and 8).
+
+    Args:
+        student, teacher: [M, E] projector outputs of M tokens; the teacher gets no gradient.
+        center: [E] running mean of teacher outputs.
+
+    Returns:
+        Mean over the tokens, in nats and float32; 0, still differentiable, if M is 0.
+    """
+    target = ((teacher.detach().float() - center) / teacher_temperature).softmax(-1)
+    loss = -(target * (student.float() / student_temperature).log_softmax(-1)).sum(-1)
+    return loss.sum() / max(len(loss), 1)
+
+
+def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
+    """Projector in float32: cosines divided by a temperature of 0.04 do not survive bfloat16."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        return projector(tokens.float())
+
+
+class SelfReinforcement(nn.Module):
+    """What FSR adds to a network while it is trained: projector, teacher and centres.
+
+    The projector is trained with the network (`projector.parameters()` belong to the optimiser); everything here is
+    part of `state_dict()`, so that training resumes exactly.
+    """
+
+    def __init__(self, network: Network, recipe: Recipe):
+        super().__init__()
+        self.config, shape = recipe.reinforce, recipe.contrast
+        self.projector = ProjectionHead(network.backbone.width, shape.hidden, shape.bottleneck, self.config.outputs)
+        self.teacher = Teacher(self._student(network))
+        self.centers = Centers(self.config.outputs, self.config.center_momentum)
+
+    def _student(self, network: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict({"network": network, "projector": self.projector})
+
+    def forward(
+        self, network: Callable[..., NetworkOutput], view1: Tensor, view2: Tensor, label: Tensor, *,
+        fraction: float, generator: torch.Generator,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Both self-reinforcement losses of one batch; in training mode the centres move afterwards.
+
+        The teacher sees both views whole, the student the second one masked. Masks come from the teacher's auxiliary
+        CAM of view 2, the only one made of unmasked pixels there.
+
+        Args:
+            network: the student.
+            view1, view2: [B, 3, S, S], 0..255, two views of the same images.
+            label: [B, C] of 0 and 1.
+            fraction: share of all steps done, 0..1.
+            generator: source of random masks.
+
+        Returns:
+            "unc" (masked patches of view 2) and "cer" (class token of masked view 2 against the teacher's of view 1).
+        """
+        teacher, batch = self.teacher.module, len(view1)
+        with torch.no_grad():
+            seen = teacher["network"](torch.cat([view1, view2]), segment=False)
+            cls, patches = (_project(teacher["projector"], tokens) for tokens in (seen.cls, seen.patches))
+            activation = (normalise_cam(seen.aux_cam[batch:].relu()) * label[:, :, None, None]).amax(1)
+            mask = mask_blocks(activation, view2, self.config, fraction, generator)  # [B, N]
+        student = network(view2, segment=False, mask=mask)
+        temperatures = self.config.student_temperature, teacher_temperature(self.config, fraction)
+        hidden, whole = (_project(self.projector, tokens) for tokens in (student.patches[mask], student.cls))
+        losses = {
+            "unc": self_distillation(hidden, patches[batch:][mask], self.centers.patches, *temperatures),
+            "cer": self_distillation(whole, cls[:batch], self.centers.cls, *temperatures),
+        }
+        if self.training:
+            self.centers.update(cls, patches)
+        return losses
+
+    def update(self, network: Network, fraction: float) -> None:
+        """Let the teacher follow the student; call once after every optimiser step."""
+        self.teacher.update(self._student(network), teacher_momentum(self.config, fraction))

@@ -1,0 +1,315 @@
+"""Feature self-reinforcement: masks, teacher, centres, losses and the aggregator."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ssepa_lib.aggregator import ClassAggregator, CrossAttentionBlock, pool_class
+from ssepa_lib.recipe import ReinforceConfig, load_recipe
+from ssepa_lib.reinforce import (
+    Centers,
+    SelfReinforcement,
+    Teacher,
+    edge_strength,
+    mask_blocks,
+    self_distillation,
+    teacher_momentum,
+    teacher_temperature,
+)
+
+IMAGE = torch.zeros(2, 3, 64, 64)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def blocks(mask, grid, block):
+    """[B, N] patch mask → [B, rows, columns] block mask; fails unless blocks are masked as a whole."""
+    maps = mask.view(-1, *grid)
+    rows = []
+    for top in range(0, grid[0], block):
+        cells = [maps[:, top : top + block, left : left + block].flatten(1) for left in range(0, grid[1], block)]
+        assert all((c.all(1) | ~c.any(1)).all() for c in cells)
+        rows.append(torch.stack([c[:, 0] for c in cells], 1))
+    return torch.stack(rows, 1)
+
+
+class TinyNetwork(nn.Module):
+    """Four patches of one pixel row each; class token and patches are a linear map of the pixels."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.backbone = SimpleNamespace(width=width)
+        self.embed = nn.Linear(3, width)
+        self.mask_token = nn.Parameter(torch.ones(width))
+        self.calls = []
+
+    def forward(self, image, *, segment=True, mask=None):
+        self.calls.append((image.clone(), mask))
+        patches = self.embed(image.float().mean(3).transpose(1, 2))  # one patch per row of pixels
+        aux = patches[..., :2].detach().transpose(1, 2).unflatten(2, (2, 2))
+        if mask is not None:
+            patches = torch.where(mask[..., None], self.mask_token, patches)
+        return SimpleNamespace(patches=patches, cls=patches.mean(1), aux_cam=aux, grid=(2, 2))
+
+
+@pytest.fixture
+def recipe():
+    return load_recipe(
+        "shapes/fsr",
+        {
+            "reinforce.outputs": 5, "reinforce.mask_block": 1, "reinforce.mask_ratio": 0.5, "contrast.hidden": 8,
+            "contrast.bottleneck": 4, "reinforce.center_momentum": 0.75,
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny(recipe):
+    torch.manual_seed(0)
+    network = TinyNetwork()
+    return network, SelfReinforcement(network, recipe)
+
+
+def views(seed=1):
+    g = generator(seed)
+    return torch.rand(3, 3, 4, 4, generator=g), torch.rand(3, 3, 4, 4, generator=g), torch.tensor([[1.0, 0.0]] * 3)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("selection", ["random", "edge", "loose"])
+@pytest.mark.parametrize(("grid", "block", "ratio"), [((28, 28), 4, 0.4), ((14, 10), 4, 0.4), ((6, 6), 2, 0.75)])
+def test_masks_have_exactly_the_requested_ratio(selection, grid, block, ratio):
+    config = ReinforceConfig(selection=selection, mask_block=block, mask_ratio=ratio)
+    activation = torch.rand(2, *grid, generator=generator())
+    for fraction in (0.0, 0.5):
+        chosen = blocks(mask_blocks(activation, IMAGE, config, fraction, generator()), grid, block)
+        number = math.ceil(grid[0] / block) * math.ceil(grid[1] / block)
+        assert chosen.flatten(1).sum(1).tolist() == [round(ratio * number)] * 2
+
+
+def test_uncertain_blocks_are_masked_first():
+    activation = torch.full((2, 8, 8), 0.9)
+    activation[:, :2, :4] = 0.5  # two of sixteen 2×2 blocks
+    config = ReinforceConfig(mask_block=2, mask_ratio=0.25)
+    chosen = blocks(mask_blocks(activation, IMAGE, config, 0.5, generator()), (8, 8), 2)
+    assert chosen[:, 0, :2].all() and chosen.flatten(1).sum(1).tolist() == [4, 4]
+    config.selection = "strict"
+    chosen = blocks(mask_blocks(activation, IMAGE, config, 0.5, generator()), (8, 8), 2)
+    assert chosen[:, 0, :2].all() and chosen.flatten(1).sum(1).tolist() == [2, 2]
+    activation[:] = 0.5  # more uncertain blocks than wanted
+    chosen = blocks(mask_blocks(activation, IMAGE, config, 0.5, generator()), (8, 8), 2)
+    assert chosen.flatten(1).sum(1).tolist() == [4, 4]
+
+
+def test_uncertain_interval_is_open():
+    activation = torch.tensor([[[0.2, 0.7], [0.3, 0.0]]])
+    config = ReinforceConfig(selection="strict", mask_block=1, mask_ratio=0.75)
+    assert mask_blocks(activation, IMAGE[:1], config, 1.0, generator()).tolist() == [[False, False, True, False]]
+
+
+def test_blocks_are_random_at_first_and_follow_the_generator():
+    activation = torch.full((1, 8, 8), 0.5)
+    config = ReinforceConfig(selection="strict", mask_block=1, mask_ratio=0.25)
+    early = mask_blocks(torch.zeros(1, 8, 8), IMAGE, config, 0.19, generator())
+    assert early.sum() == 16  # nothing is uncertain, yet blocks are masked
+    assert not mask_blocks(torch.zeros(1, 8, 8), IMAGE, config, 0.2, generator()).any()
+    assert torch.equal(early, mask_blocks(activation, IMAGE, config, 0.0, generator()))
+    assert not torch.equal(early, mask_blocks(activation, IMAGE, config, 0.0, generator(1)))
+
+
+def test_edge_selection_takes_the_strongest_gradient():
+    image = torch.zeros(1, 3, 64, 64)
+    image[:, :, 16:, 40:] = 255.0  # an edge in block rows 1 to 3 and block column 2
+    image[:, :, 16:32, 20] = 20.0  # a faint one
+    strength = edge_strength(image, (8, 8), 2)
+    assert strength.shape == (1, 4, 4)
+    config = ReinforceConfig(selection="edge", mask_block=2, mask_ratio=3 / 16)
+    chosen = blocks(mask_blocks(torch.zeros(1, 8, 8), image, config, 1.0, generator()), (8, 8), 2)
+    assert chosen[0, 1:, 2].all()
+
+
+# Teacher and schedules
+
+
+def test_teacher_equals_the_closed_form_and_never_learns():
+    torch.manual_seed(0)
+    student = nn.Linear(3, 2)
+    teacher = Teacher(student)
+    expected = [p.detach().clone() for p in student.parameters()]
+    optimiser = torch.optim.SGD(student.parameters(), 0.5)
+    for momentum in (0.9, 0.95, 1.0):
+        x = torch.randn(4, 3)
+        (teacher.module(x).detach() - student(x)).square().sum().add(student(x).sum()).backward()
+        optimiser.step()
+        teacher.update(student, momentum)
+        trained = list(student.parameters())
+        expected = [momentum * e + (1 - momentum) * p.detach() for e, p in zip(expected, trained, strict=True)]
+        for t, e, p in zip(teacher.parameters(), expected, trained, strict=True):
+            torch.testing.assert_close(t, e)
+            assert not torch.equal(t, p) and t.grad is None and not t.requires_grad
+
+
+def test_teacher_stays_in_evaluation_mode():
+    parent = nn.ModuleList([Teacher(nn.Dropout(0.5))]).train()
+    assert not parent[0].module.training
+
+
+def test_schedules_at_their_ends():
+    config = ReinforceConfig()
+    assert teacher_momentum(config, 0) == pytest.approx(0.9995)
+    assert teacher_momentum(config, 0.5) == pytest.approx(0.99975)
+    assert teacher_momentum(config, 1) == 1
+    assert [teacher_temperature(config, f) for f in (0, 0.0625, 0.125, 1)] == pytest.approx([0.04, 0.055, 0.07, 0.07])
+
+
+# Losses
+
+
+def test_distillation_equals_a_slow_version():
+    student, teacher = torch.randn(2, 3, 4, generator=generator())
+    center, total = torch.randn(4, generator=generator(1)), 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        target = [math.exp((x - c) / 0.05) for x, c in zip(t, center.tolist(), strict=True)]
+        predicted = [math.exp(x / 0.1) for x in s]
+        total -= sum(a / sum(target) * math.log(b / sum(predicted)) for a, b in zip(target, predicted, strict=True))
+    assert float(self_distillation(student, teacher, center, 0.1, 0.05)) == pytest.approx(total / 3, rel=1e-4)
+
+
+def test_distillation_keeps_float32_and_gradients_to_the_student_only():
+    student = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    loss = self_distillation(student, teacher, torch.zeros(4), 0.1, 0.04)
+    loss.backward()
+    assert loss.dtype == torch.float32 and student.grad.abs().sum() > 0 and teacher.grad is None
+
+
+def test_centres_follow_the_mean_of_all_tokens_separately():
+    centers = Centers(2, momentum=0.9)
+    cls, patches = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.full((2, 5, 2), 4.0)
+    centers.update(cls, patches)
+    centers.update(cls, patches)
+    torch.testing.assert_close(centers.cls, torch.tensor([2 * (1 - 0.81), 0.0]))
+    torch.testing.assert_close(centers.patches, torch.full((2,), 4 * (1 - 0.81)))
+
+
+def test_views_and_teacher_are_paired_as_published(tiny):
+    network, reinforce = tiny
+    view1, view2, label = views()
+    reinforce.centers.update(torch.rand(2, 5), torch.rand(2, 5))
+    before = (reinforce.centers.cls.clone(), reinforce.centers.patches.clone())
+    losses = reinforce(network, view1, view2, label, fraction=0.0625, generator=generator())
+    [(seen, mask)] = network.calls  # the student: one pass, view 2, masked
+    assert torch.equal(seen, view2) and mask.sum(1).tolist() == [2, 2, 2]
+
+    project, teach = reinforce.projector, reinforce.teacher.module["network"]
+    masked, whole1, whole2 = network(view2, mask=mask), teach(view1), teach(view2)
+    unc = self_distillation(project(masked.patches)[mask], project(whole2.patches)[mask], before[1], 0.1, 0.055)
+    cer = self_distillation(project(masked.cls), project(whole1.cls), before[0], 0.1, 0.055)
+    torch.testing.assert_close(losses["unc"], unc)
+    torch.testing.assert_close(losses["cer"], cer)
+    cls = torch.cat([project(whole1.cls), project(whole2.cls)])
+    torch.testing.assert_close(reinforce.centers.cls, 0.75 * before[0] + 0.25 * cls.mean(0))
+
+
+def test_only_the_student_and_projector_are_trained(tiny):
+    network, reinforce = tiny
+    losses = reinforce(network, *views(), fraction=0.0, generator=generator())
+    (losses["unc"] + losses["cer"]).backward()
+    trained = [*network.parameters(), *reinforce.projector.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    assert all(p.grad is None for p in reinforce.teacher.parameters())
+
+
+def test_nothing_masked_gives_zero_with_a_gradient_path(tiny):
+    network, reinforce = tiny
+    reinforce.config.mask_ratio = 0.0
+    losses = reinforce(network, *views(), fraction=0.5, generator=generator())
+    assert losses["unc"] == 0 and losses["cer"] > 0
+    losses["unc"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in network.parameters())
+
+
+def test_evaluation_mode_leaves_the_centres_alone(tiny):
+    network, reinforce = tiny
+    reinforce.eval()(network, *views(), fraction=0.5, generator=generator())
+    assert not reinforce.centers.cls.any()
+
+
+def test_state_survives_saving_bit_for_bit(tiny, recipe, tmp_path):
+    network, reinforce = tiny
+
+    def step(network, reinforce, seed):
+        optimiser = torch.optim.SGD([*network.parameters(), *reinforce.projector.parameters()], 0.1)
+        losses = reinforce(network, *views(seed), fraction=0.3, generator=generator(seed))
+        (losses["unc"] + losses["cer"]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        reinforce.update(network, 0.3)
+        return losses
+
+    step(network, reinforce, 1)
+    torch.save({"network": network.state_dict(), "reinforce": reinforce.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = TinyNetwork()
+    resumed = SelfReinforcement(other, recipe)
+    other.load_state_dict(state["network"])
+    resumed.load_state_dict(state["reinforce"])
+    a, b = step(network, reinforce, 2), step(other, resumed, 2)
+    assert torch.equal(a["unc"], b["unc"]) and torch.equal(a["cer"], b["cer"])
+    for name, value in reinforce.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+# Aggregator
+
+
+def test_one_query_is_plain_attention_by_hand():
+    torch.manual_seed(0)
+    block = CrossAttentionBlock(4, 2)
+    nn.init.normal_(block.attention.in_proj_bias)
+    query, patches = torch.randn(1, 1, 4), torch.randn(1, 3, 4)
+    q = block.norm_query(query)[0] @ block.attention.in_proj_weight[:4].T + block.attention.in_proj_bias[:4]
+    seen = block.norm_patches(patches)[0]
+    k = seen @ block.attention.in_proj_weight[4:8].T + block.attention.in_proj_bias[4:8]
+    v = seen @ block.attention.in_proj_weight[8:].T + block.attention.in_proj_bias[8:]
+    heads, weights = [], []
+    for half in (slice(0, 2), slice(2, 4)):
+        p = (q[:, half] @ k[:, half].T / math.sqrt(2)).softmax(-1)
+        weights.append(p)
+        heads.append(p @ v[:, half])
+    mixed = query[0] + block.attention.out_proj(torch.cat(heads, 1))
+    expected = mixed + block.mlp(block.norm_mlp(mixed))
+    fused, none = block(query, patches)
+    readable, maps = block(query, patches, maps=True)
+    torch.testing.assert_close(fused[0], expected)
+    torch.testing.assert_close(readable, fused)
+    torch.testing.assert_close(maps[0, :, 0], torch.cat(weights))
+    assert none is None
+
+
+def test_aggregator_ignores_patch_order_and_trains_every_parameter():
+    torch.manual_seed(0)
+    aggregator = ClassAggregator(8, 2)
+    patches = torch.randn(3, 5, 8)
+    cls, normed = aggregator(patches)
+    assert cls.shape == (3, 8) and normed.shape == (3, 5, 8)
+    torch.testing.assert_close(normed, aggregator.norm(patches))
+    torch.testing.assert_close(aggregator(patches[:, [4, 2, 0, 1, 3]])[0], cls)
+    attention = aggregator.attention(patches)
+    assert attention.shape == (3, 2, 5)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2))
+    (cls[:, 0].sum() + cls[:, 1].square().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in aggregator.parameters())
+
+
+def test_pooling_arms():
+    patches = torch.tensor([[[1.0, 0.0], [3.0, -2.0]]])
+    assert pool_class(patches, "gap").tolist() == [[2.0, -1.0]]
+    assert pool_class(patches, "gmp").tolist() == [[3.0, 0.0]]
