@@ -313,7 +313,7 @@ def evaluate(
         products: any of `cam`, `aux_cam`, `refined_cam`, `pseudo_label`, `pseudo_label_crf`, `segmentation`.
         cam_scales: `raw` (scale 1, no mirror) or `ms` (`cam.scales`, `cam.flip`).
         thresholds: background thresholds of the curve, 0..1.
-        processes: worker processes of the dense CRF; None: its default.
+        processes: worker processes of the dense CRF; None: one per processor core.
         progress: called with (images done, all images).
 
     Returns:
@@ -342,7 +342,7 @@ def evaluate(
                 progress(run.done, len(dataset))
 
     if "segmentation_ms_crf" in run.labels or "pseudo_label_crf" in run.labels:
-        for refined in crf_pool(jobs(), processes):
+        for refined in crf_pool(jobs(), processes or os.cpu_count() or 1):
             run.collect(refined)
     else:
         deque(jobs(), maxlen=0)

@@ -55,7 +55,7 @@ class TwoImages(SegmentationDataset):
         return torch.eye(2)[i]
 
     def _ids(self, i):
-        ids = np.zeros((8, 12) if i else (10, 8), dtype=np.uint8)
+        ids = np.zeros((8, 16) if i else (12, 8), dtype=np.uint8)
         ids[: ids.shape[0] // 2, : ids.shape[1] // (i + 1)] = i + 1
         return ids
 
