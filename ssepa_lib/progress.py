@@ -16,8 +16,8 @@ from typing import Any
 PROGRESS = "SSEPA_PROGRESS"
 
 
-def progress_writer(label: str, steps: int) -> Callable[[int, Mapping[str, float]], None]:
-    """A callback for `train(..., on_step=...)`: called as `on_step(step, terms)`, steps from 0, terms with `total`.
+def progress_writer(label: str) -> Callable[[Mapping[str, Any]], None]:
+    """A callback for `train(..., on_step=...)`, which calls it with {step, steps, loss, seconds_left, …}.
 
     Under the runner it tells the runner where the training is; anywhere else it moves a progress bar.
     """
@@ -25,21 +25,17 @@ def progress_writer(label: str, steps: int) -> Callable[[int, Mapping[str, float
     if target is None:
         from tqdm.auto import tqdm
 
-        bar = tqdm(total=steps, desc=label)
-    state: dict[str, Any] = {"label": label, "steps": steps}
-    written = 0.0
+        bar = tqdm(desc=label)
 
-    def on_step(step: int, terms: Mapping[str, float]) -> None:
-        nonlocal written
-        state.setdefault("first", step)
-        state.setdefault("began", time.time())
+    def on_step(row: Mapping[str, Any]) -> None:
         if target is None:
-            bar.update(step + 1 - bar.n)
-        elif time.time() - written > 0.3 or step + 1 == steps:
-            written = time.time()
-            state.update(step=step + 1, loss=float(terms.get("total", float("nan"))), now=written)
-            Path(target + ".new").write_text(json.dumps(state))
-            os.replace(target + ".new", target)
+            bar.total = row["steps"]
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            bar.update(row["step"] - bar.n)
+            return
+        state = {"label": label, **{name: row[name] for name in ("step", "steps", "loss", "seconds_left")}}
+        Path(target + ".new").write_text(json.dumps(state))
+        os.replace(target + ".new", target)
 
     return on_step
 
@@ -69,9 +65,8 @@ class Display:
             return ""
         if state["step"] >= state["steps"]:
             return ""
-        taken = max(state["step"] - state["first"], 1)
-        left = (state["now"] - state["began"]) / taken * (state["steps"] - state["step"])
-        return f"{state['label']}: step {state['step']}/{state['steps']}, loss {state['loss']:.3f}, {clock(left)} left"
+        left = clock(state["seconds_left"])
+        return f"{state['label']}: step {state['step']}/{state['steps']}, loss {state['loss']:.3f}, {left} left"
 
     def render(self):
         from rich.table import Table

@@ -119,12 +119,12 @@ def test_run(folder, tmp_path, capfd):
 def test_a_training_tells_the_runner_where_it_is(tmp_path, monkeypatch):
     target = tmp_path / "progress.json"
     monkeypatch.setenv(PROGRESS, str(target))
-    on_step = progress_writer("toco-seed0", 300)
-    on_step(100, {"total": 0.5})  # resumed at 100
-    state = json.loads(target.read_text())
-    assert state["step"] == 101 and state["first"] == 100 and state["loss"] == 0.5
-    target.write_text(json.dumps(state | {"step": 200, "now": state["began"] + 50}))
-    assert Display(["03"], target).training() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
+    on_step = progress_writer("toco-seed0")
+    display = Display(["03"], target)
+    on_step({"step": 200, "steps": 300, "loss": 0.5, "seconds_left": 50.2, "lr": 1e-4})
+    assert display.training() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
+    on_step({"step": 300, "steps": 300, "loss": 0.5, "seconds_left": 0.0})
+    assert display.training() == ""
 
 
 def test_headline_shows_every_run_with_its_setting(tmp_path):
