@@ -27,27 +27,22 @@ class CrossAttentionBlock(nn.Module):
 
 
 class ClassAggregator(nn.Module):
-    """Attention aggregator MCA (FSR, Section 3.4): a learned class token gathers the patches in cross-attention blocks.
+    """FSR's attention aggregator MCA: a learned class token gathers the patches in cross-attention blocks.
 
-    Keys and values are the patch tokens alone, so the class token never sees itself; the last LayerNorm covers
-    [class, patches].
-
-    Args:
-        width: D.
-        heads: attention heads, as in the backbone.
-        depth: cross-attention blocks.
-        norm: the last LayerNorm; pass the backbone's pre-trained one (and take it out there), default a fresh one.
+    Keys and values are the patch tokens alone, so the class token never sees itself. FSR ends with one LayerNorm over
+    [class, patches]. It works token by token and the backbone has already applied its pre-trained one to the patches,
+    so only the class token is normalised here, by a LayerNorm of its own.
 
     Shape:
-        patches [B, N, D] → class token [B, D], patches [B, N, D], both normalised.
+        patches [B, N, D] after the backbone's final norm → class token [B, D].
     """
 
-    def __init__(self, width: int, heads: int, *, depth: int = 2, norm: nn.Module | None = None):
+    def __init__(self, width: int, heads: int, *, depth: int = 2):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         trunc_normal_(self.cls_token, std=0.02)
         self.blocks = nn.ModuleList(CrossAttentionBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6) if norm is None else norm
+        self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def _gather(self, patches: Tensor, maps: bool) -> tuple[Tensor, Tensor | None]:
         query, weights = self.cls_token.expand(len(patches), -1, -1), None
@@ -55,10 +50,8 @@ class ClassAggregator(nn.Module):
             query, weights = block(query, patches, maps=maps)
         return query, weights
 
-    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        query, _ = self._gather(patches, maps=False)
-        tokens = self.norm(torch.cat([query, patches], 1))  # [B, 1+N, D]
-        return tokens[:, 0], tokens[:, 1:]
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.norm(self._gather(patches, maps=False)[0])[:, 0]
 
     def attention(self, patches: Tensor) -> Tensor:
         """Class-to-patch attention of the last block, [B, N, D] → [B, H, N]; every row sums to one."""

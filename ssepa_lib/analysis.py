@@ -1,7 +1,7 @@
 """What attention does in every layer, and what a training step keeps in memory.
 
 Attention statistics stream over a data set: queries and keys of one batch are kept, maps exist for one layer of one
-image at a time (FSR, Section 4.4). Activation memory is counted exactly from what autograd saves, beside a formula.
+image at a time. Activation memory is counted exactly from what autograd saves, beside a formula.
 """
 
 import json
@@ -103,8 +103,8 @@ def deep_layers(depth: int) -> list[int]:
 def deep_summary(statistics: pd.DataFrame) -> pd.Series:
     """Deep-layer mean and spread of a table from `attention_statistics`.
 
-    Spread is the standard deviation between the heads of a layer, mean over the deep layers: "higher and tighter"
-    (FSR, Section 4.4) means a larger `entropy` and a smaller `entropy_spread`.
+    Spread is the standard deviation between the heads of a layer, mean over the deep layers: what FSR
+    claims, deep layers "higher and tighter" with unc.FSR, is a larger `entropy` and a smaller `entropy_spread`.
     """
     layers = deep_layers(int(statistics["layer"].max()) + 1)
     by_layer = statistics[statistics["layer"].isin(layers)].groupby("layer")[["entropy", "distance", "class_mass"]]

@@ -1,4 +1,4 @@
-"""Feature self-reinforcement: a teacher of the whole network guides a student that sees a masked view (FSR, Section 3).
+"""Feature self-reinforcement: a teacher of the whole network guides a student that sees a masked view (FSR, AAAI 2024).
 
 unc.FSR recovers the patches that were masked because their class is uncertain; cer.FSR asks the class token of what is
 left to agree with the teacher's class token of another view of the same image.
@@ -40,7 +40,7 @@ def edge_strength(image: Tensor, grid: tuple[int, int], block: int) -> Tensor:
 def mask_blocks(
     activation: Tensor, image: Tensor, config: ReinforceConfig, fraction: float, generator: torch.Generator
 ) -> Tensor:
-    """Choose the patches hidden from the student (FSR, Section 3.2).
+    """Choose the patches hidden from the student in FSR.
 
     The grid is cut into blocks of `mask_block`² patches (smaller at the right and lower border if it does not divide)
     and round(mask_ratio · blocks) of them are masked. Until `random_until` of training they are random; then
@@ -116,7 +116,7 @@ class Centers(nn.Module):
 def self_distillation(
     student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Cross-entropy from the teacher's centred, sharpened distribution to the student's (FSR, Eq. 6 and 8).
+    """Cross-entropy from the teacher's centred, sharpened distribution to the student's, as in unc.FSR and cer.FSR.
 
     Args:
         student, teacher: [M, E] projector outputs of M tokens; the teacher gets no gradient.
@@ -159,8 +159,8 @@ class SelfReinforcement(nn.Module):
     ) -> dict[str, Tensor]:  # fmt: skip
         """Both self-reinforcement losses of one batch; in training mode the centres move afterwards.
 
-        The teacher sees both views whole, the student the second one masked. Masks come from the teacher's auxiliary
-        CAM of view 2, the only one made of unmasked pixels there.
+        The teacher sees both views whole, the student the second one masked. What is uncertain is read from the
+        teacher's auxiliary CAM of view 2 at one scale: it is there already, the student's would need another pass.
 
         Args:
             network: the student.

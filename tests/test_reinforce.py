@@ -1,6 +1,7 @@
 """Feature self-reinforcement: masks, teacher, centres, losses and the aggregator."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from ssepa_lib.aggregator import ClassAggregator, CrossAttentionBlock, pool_class
+from ssepa_lib.network import build_network
 from ssepa_lib.recipe import ReinforceConfig, load_recipe
 from ssepa_lib.reinforce import (
     Centers,
@@ -267,6 +269,39 @@ def test_state_survives_saving_bit_for_bit(tiny, recipe, tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+# With the real network
+
+
+@pytest.mark.parametrize("method", ["fsr", "ssepa_fsr"])
+def test_network_learns_from_the_masked_view(method):
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    recipe = load_recipe(f"shapes/{method}", {"model.backbone_args": shape, "model.weights": "none"})
+    network = build_network(recipe, ("a", "b")).train()
+    reinforce = SelfReinforcement(network, recipe)
+    view1, view2 = torch.randint(0, 256, (2, 2, 3, 32, 32), generator=generator(), dtype=torch.uint8)
+    label = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = reinforce(network, view1, view2, label, fraction=0.5, generator=generator())
+    sum(losses.values()).backward()
+    assert all(loss.dtype == torch.float32 and loss > 0 for loss in losses.values())
+    untouched = ("classifier", "aux_classifier", "decoder", "haaf")  # the other objectives train these
+    for name, parameter in [*network.named_parameters(), *reinforce.projector.named_parameters()]:
+        if name.split(".")[0] not in untouched:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert network.backbone.mask_token.grad.any() and network.aggregator.cls_token.grad.any()
+    before = [p.clone() for p in reinforce.teacher.parameters()]
+    reinforce.update(network, 0.5)
+    for old, new in zip(before, reinforce.teacher.parameters(), strict=True):
+        assert torch.equal(old, new)  # nothing has been optimised yet
+
+
+def test_recipes_differ_only_in_what_they_compose():
+    fsr, both, ssepa = (load_recipe(f"voc/{method}") for method in ("fsr", "ssepa_fsr", "ssepa"))
+    assert both.affinity == ssepa.affinity
+    assert replace(both, name=fsr.name, affinity=fsr.affinity) == fsr
+    assert fsr.self_reinforced and fsr.losses.ctc == 0 and fsr.model.aggregator == "mca" and not fsr.optim.decay_all
+
+
 # Aggregator
 
 
@@ -298,10 +333,10 @@ def test_aggregator_ignores_patch_order_and_trains_every_parameter():
     torch.manual_seed(0)
     aggregator = ClassAggregator(8, 2)
     patches = torch.randn(3, 5, 8)
-    cls, normed = aggregator(patches)
-    assert cls.shape == (3, 8) and normed.shape == (3, 5, 8)
-    torch.testing.assert_close(normed, aggregator.norm(patches))
-    torch.testing.assert_close(aggregator(patches[:, [4, 2, 0, 1, 3]])[0], cls)
+    cls = aggregator(patches)
+    assert cls.shape == (3, 8)
+    torch.testing.assert_close(cls.mean(1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(aggregator(patches[:, [4, 2, 0, 1, 3]]), cls)
     attention = aggregator.attention(patches)
     assert attention.shape == (3, 2, 5)
     torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2))
