@@ -101,7 +101,7 @@ def _number(value: Tensor) -> float | None:
     return None if torch.isnan(value) else float(value)
 
 
-def _logit_maps(network, image: Tensor, scales: Sequence[float], flip: bool) -> list[Tensor]:
+def scale_logits(network, image: Tensor, scales: Sequence[float], flip: bool) -> list[Tensor]:
     """Per scale the logits [B, C+1, h, w] of the image, plus those of its mirror (mirrored back) with `flip`."""
     maps = []
     for scale in scales:
@@ -115,7 +115,8 @@ def _logit_maps(network, image: Tensor, scales: Sequence[float], flip: bool) -> 
     return maps
 
 
-def _merge(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def merge_scales(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Maximum over maps [B, C, h, w] of any size after resizing each to `size` (height, width)."""
     resized = [F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
     return torch.stack(resized).amax(0)
 
@@ -135,7 +136,7 @@ def segmentation_logits(
     Returns:
         logits [B, C+1, *size], channel 0 background.
     """
-    return _merge(_logit_maps(network, image, scales, flip), size or image.shape[-2:])
+    return merge_scales(scale_logits(network, image, scales, flip), size or image.shape[-2:])
 
 
 def background_and_cam(cam: Tensor, background: float) -> Tensor:
@@ -178,7 +179,7 @@ class _Pass:
             if pseudo is not None:
                 label = F.interpolate(pseudo[i][None, None].float(), size=mask.shape, mode="nearest")[0, 0]
                 self.labels["pseudo_label"].update(label, mask)
-            logits = {name: _merge([m[i : i + 1] for m in group], mask.shape)[0] for name, group in maps.items()}
+            logits = {name: merge_scales([m[i : i + 1] for m in group], mask.shape)[0] for name, group in maps.items()}
             for product in {"segmentation", "segmentation_ms"} & set(self.labels):
                 self.labels[product].update(logits[product].argmax(0), mask)
             if "segmentation_ms_crf" in self.labels:
@@ -201,7 +202,7 @@ class _Pass:
                 found = multi_scale_cam(self.network, images, labels, self.cam, affinity=self.refine, first=output)
                 cams = {"cam": found.cam, "aux_cam": found.aux_cam, "refined_cam": found.refined}
             if {"ms", "crf"} & set(self.modes):
-                maps["segmentation_ms"] = _logit_maps(self.network, images, config.scales, config.flip)
+                maps["segmentation_ms"] = scale_logits(self.network, images, config.scales, config.flip)
         self.scores.append(output.scores.float().cpu()), self.truth.append(labels.cpu())
         return maps, cams
 
