@@ -35,7 +35,7 @@ lint: $(READY)  ## check style and strip notebook outputs
 $(READY): pyproject.toml
 ifeq ($(ACTIVE),)
 	@$(PYTHON) -c '$(USABLE)' 2>/dev/null || { \
-	echo "$(PYTHON) cannot make an environment: install Python 3.11 or 3.12 with its venv module, or pass PYTHON=/path/to/python3.12." >&2; exit 1; }
+	echo "$(PYTHON) is missing, older than 3.11 or without its venv module: install Python 3.11 or 3.12, or pass PYTHON=/path/to/python3.12." >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "Creating .venv with $(PYTHON) …"; $(PYTHON) -m venv --clear .venv; }
 else
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
