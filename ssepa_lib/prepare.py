@@ -275,29 +275,33 @@ def prepare_sbd(root: Path | None = None, source: Source = SBD, progress: Progre
     return Outcome("sbd", root, True, f"train_aug has {len(ids)} images at {root}; {archive} may be deleted.")
 
 
+def _read_sbd(content: bytes, name: str) -> np.ndarray:
+    """Class ids [H, W] of one of SBD's MATLAB files."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        ids = np.asarray(loadmat(io.BytesIO(content))["GTcls"][0, 0]["Segmentation"])
+    except (MatReadError, ValueError, LookupError, TypeError, NotImplementedError, zlib.error) as error:
+        raise UserError(f"{name} is no SBD mask ({error}); delete the archive and run again.") from error
+    if ids.ndim != 2 or ids.max() > len(VOC_CLASSES):
+        raise UserError(f"{name} holds no class ids 0..{len(VOC_CLASSES)}; delete the archive and run again.")
+    return ids
+
+
 def _convert_sbd(archive: Path, folder: Path, skip: set[str]) -> set[str]:
     """Write the masks of SBD as PNGs, except those in `skip`; returns the ids of SBD's two lists."""
-    from scipy.io import loadmat
-
     listed: set[str] = set()
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 path = Path(member.name)
                 wanted = path.suffix == ".mat" and path.parent.name == "cls" and path.stem not in skip
-                if not member.isfile() or not (wanted or path.name in ("train.txt", "val.txt")):
-                    continue
-                content = tar.extractfile(member).read()
-                if not wanted:
-                    listed |= set(content.decode().split())
-                    continue
-                try:
-                    ids = np.asarray(loadmat(io.BytesIO(content))["GTcls"][0, 0]["Segmentation"])
-                except (ValueError, KeyError, IndexError, TypeError, zlib.error) as error:
-                    raise UserError(f"{archive}: {member.name} is no SBD mask ({error}); download it again.") from error
-                if ids.ndim != 2 or ids.max() > len(VOC_CLASSES):
-                    raise UserError(f"{archive}: {member.name} holds no class ids 0..20; download it again.")
-                _write_mask(ids, folder / f"{path.stem}.png")
+                if member.isfile() and wanted:
+                    ids = _read_sbd(tar.extractfile(member).read(), f"{archive}: {member.name}")
+                    _write_mask(ids, folder / f"{path.stem}.png")
+                elif member.isfile() and path.name in ("train.txt", "val.txt"):
+                    listed |= set(tar.extractfile(member).read().decode().split())
     except _DAMAGED as error:
         raise UserError(f"{archive}: could not be read ({error}); delete it and run again.") from error
     if not listed:
