@@ -271,21 +271,20 @@ def _views(products: Sequence[str], recipe: Recipe, cam: CamConfig) -> dict[str,
     return views
 
 
+def describe_inference(view: dict) -> str:
+    """Scales, mirror and CRF of one product in words, such as `scales 1/1.25/1.5 + mirror + CRF`."""
+    scales = "/".join(f"{scale:g}" for scale in view["scales"])
+    parts = [f"scale{'s' * (len(view['scales']) > 1)} {scales}"]
+    return " + ".join(parts + ["mirror"] * view["flip"] + ["CRF"] * view["crf"])
+
+
 def describe_setting(setting: dict, product: str) -> str:
-    """One line to stand beside a number, such as `voc val, 1449 images, 448², scales 1, no mirror, no CRF, seed 0`."""
-    view = setting["products"][product]
+    """One line to stand beside a number: `voc val, 1449 images, 448², scale 1, 2000 steps of 4, seed 0`."""
     size = f"{setting['size']}²" if setting["size"] else "original size"
-    return ", ".join(
-        [
-            f"{setting['data']} {setting['split']}",
-            f"{setting['images']} images",
-            size,
-            f"scales {'/'.join(f'{s:g}' for s in view['scales'])}",
-            "mirror" if view["flip"] else "no mirror",
-            "CRF" if view["crf"] else "no CRF",
-            f"{setting['steps']} steps of {setting['batch']}",
-            f"seed {setting['seed']}",
-        ]
+    return (
+        f"{setting['data']} {setting['split']}, {setting['images']} images, {size}, "
+        f"{describe_inference(setting['products'][product])}, {setting['steps']} steps of {setting['batch']}, "
+        f"seed {setting['seed']}"
     )
 
 

@@ -156,7 +156,7 @@ def test_the_setting_tells_scales_mirror_and_crf():
     assert setting["products"]["segmentation_ms"] == {"scales": [1.0, 1.25, 1.5], "flip": True, "crf": False}
     assert setting["method"] == "toco" and setting["split"] == "val" and setting["images"] == 2
     line = describe_setting(setting, "segmentation_ms")
-    assert "8²" in line and "scales 1/1.25/1.5" in line and "mirror" in line and "no CRF" in line
+    assert line == "toy val, 2 images, 8², scales 1/1.25/1.5 + mirror, 20000 steps of 4, seed 0"
     ms = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", products=("cam",), cam_scales="ms")
     assert ms["setting"]["products"]["cam"] == {"scales": [1.0, 0.5, 1.5], "flip": True, "crf": False}
 

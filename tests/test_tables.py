@@ -1,0 +1,137 @@
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from ssepa_lib import tables
+from ssepa_lib.errors import UserError
+
+VIEWS = {
+    "pseudo_label": {"scales": [1.0], "flip": False, "crf": False},
+    "segmentation": {"scales": [1.0], "flip": False, "crf": False},
+    "segmentation_ms": {"scales": [1.0, 1.5], "flip": True, "crf": False},
+}
+
+
+def write_run(folder, name, method, seed, values, preset="voc", splits=("train", "val")):
+    run = folder / preset / name
+    run.mkdir(parents=True)
+    setting = {
+        "data": preset, "images": 10, "size": 448, "method": method, "seed": seed, "steps": 50, "batch": 4,
+        "backbone": "vit_x", "products": VIEWS,
+    }  # fmt: skip
+    content = {
+        split: {
+            "setting": setting | {"split": split},
+            "miou": {"refined_cam": None} | values,
+            "mean_average_precision": 80,
+        }
+        for split in splits
+    }
+    (run / "metrics.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed, (base, better) in enumerate([(50.0, 52.0), (60.0, 61.0), (55.0, 58.0)]):
+        write_run(tmp_path, f"toco-seed{seed}", "toco", seed, {"pseudo_label": base + 5, "segmentation": base})
+        if seed < 2:
+            values = {"pseudo_label": better + 5, "segmentation": better, "segmentation_ms": better + 1}
+            write_run(tmp_path, f"ssepa-seed{seed}", "ssepa", seed, values)
+    return tables.collect_runs(tmp_path)
+
+
+def test_collect_runs_gives_one_row_per_run_and_split(runs):
+    assert len(runs) == 10
+    row = runs[(runs.run == "ssepa-seed1") & (runs.split == "val")].iloc[0]
+    assert (row.method, row.seed, row.variant, row.preset) == ("ssepa", 1, "", "voc")
+    assert row.segmentation == 61 and row.refined_cam is None or math.isnan(row.refined_cam)
+
+
+def test_variant_is_what_the_name_adds(tmp_path):
+    write_run(tmp_path, "ssepa-logits-seed3", "ssepa", 3, {"segmentation": 1.0})
+    assert tables.collect_runs(tmp_path).variant.tolist() == ["logits", "logits"]
+
+
+def test_collect_runs_names_a_broken_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text('{"val": {"miou": {}}}')
+    with pytest.raises(UserError, match="evaluate the run again"):
+        tables.collect_runs(tmp_path)
+    assert tables.collect_runs(tmp_path / "none").empty
+
+
+def test_summary_is_mean_and_sample_deviation(runs):
+    table = tables.summary(runs[runs.split == "val"], ["method"], ["segmentation"]).set_index("method")
+    assert table.loc["toco", "segmentation"] == 55 and table.loc["toco", "segmentation_sd"] == 5
+    assert table.loc["toco", "seeds"] == 3 and table.loc["ssepa", "seeds"] == 2
+    assert table.loc["ssepa", "segmentation_sd"] == pytest.approx(math.sqrt(0.5) * 9)
+
+
+def test_summary_refuses_to_mix_splits(runs):
+    with pytest.raises(UserError, match="filter by split"):
+        tables.summary(runs, ["method"], ["segmentation"])
+
+
+def test_paired_differences_use_common_seeds_only(runs):
+    table = tables.paired_differences(runs[runs.split == "val"], "method", "toco", ["segmentation"]).set_index("method")
+    assert table.loc["ssepa", "segmentation"] == pytest.approx(1.5)  # (52 − 50, 61 − 60); the means differ by 1.5 ± 9
+    assert table.loc["ssepa", "segmentation_sd"] == pytest.approx(math.sqrt(0.5))
+    assert table.loc["ssepa", "seeds"] == 2 and table.loc["toco", "segmentation"] == 0
+    with pytest.raises(UserError, match="choose one of ssepa, toco"):
+        tables.paired_differences(runs[runs.split == "val"], "method", "afa", ["segmentation"])
+
+
+def test_markdown_by_hand():
+    table = pd.DataFrame({"name": ["a|b", "c"], "mIoU": [1.25, None], "n": [3, 4]})
+    assert tables.to_markdown(table).splitlines() == [
+        "| name | mIoU |   n |",
+        "| ---- | ---: | --: |",
+        "| a\\|b |  1.2 |   3 |",
+        "| c    |    – |   4 |",
+    ]
+
+
+def test_published_rows_stand_without_runs():
+    last = tables.table_3().iloc[-1]
+    assert (last["pseudo-label (train)"], last["seg (val)"], last["seg (test)"]) == ("79.5", "72.4", "73.3")
+    assert [len(t()) for t in (tables.table_1, tables.table_2, tables.table_4, tables.table_5)] == [13, 20, 3, 6]
+    for table in (tables.table_1, tables.table_2, tables.table_3, tables.table_4, tables.table_5, tables.field_table):
+        assert set(table()["source"]) == {"published"}
+    assert sorted(tables.NOTES) == [1, 2, 3, 4, 5]
+
+
+def test_published_numbers_agree_between_tables():
+    field = tables.field_table().set_index("method")
+    ours = tables.table_3().set_index("method").loc["SS-EPA (with Patch Affinity, HAAF)"]
+    base = tables.table_5().iloc[-1]
+    assert ours["seg (val)"] == field.loc["SS-EPA", "VOC val"] == base["seg (val)"] == "72.4"
+    assert ours["seg (test)"] == field.loc["SS-EPA", "VOC test"] == base["seg (test)"] == "73.3"
+
+
+def test_table_3_puts_ours_below_the_published_row(runs):
+    table = tables.table_3(runs)
+    at = table[table["method"] == "SS-EPA (with Patch Affinity, HAAF)"]
+    assert at["source"].tolist() == ["published", "this workbook (voc)", "this workbook (voc)"]
+    assert at["seg (val)"].tolist() == ["72.4", "56.5 ± 6.4", "57.5 ± 6.4"]
+    assert at["pseudo-label (train)"].tolist()[1] == "61.5 ± 6.4"
+    assert at["setting"].tolist()[1] == "scale 1; 448²; train 10 images; val 10 images; 50 steps of 4; 2 seeds"
+    assert "seg (val) scales 1/1.5 + mirror" in at["setting"].tolist()[2]
+    assert len(table[table["method"] == "ToCo"]) == 2  # no MS run, no row
+
+
+def test_other_tables_take_our_runs(runs):
+    assert tables.table_1(runs).iloc[-1][["train", "val"]].tolist() == ["60.0 ± 5.0", "60.0 ± 5.0"]
+    assert tables.table_2(runs)["source"].str.startswith("this workbook").sum() == 3
+    assert tables.table_5(runs).iloc[0]["depth"] == 8
+    assert tables.field_table(runs).iloc[-1]["VOC val"] == "55.0 ± 5.0"
+
+
+def test_table_4_takes_measurements():
+    columns = ["strategy", "batch", "gigabytes", "backbone", "setting"]
+    measured = pd.DataFrame(
+        [("haaf_fused", 1, 2.31, "ViT-B", "H100"), ("all_heads", 1, 9.0, "ViT-B", "H100"),
+         ("all_heads", 2, 16.0, "ViT-B", "H100")], columns=columns)  # fmt: skip
+    table = tables.table_4(measured)
+    assert table["batch 1"].tolist()[3:] == ["9.0", "2.3"] and table["batch 2"].tolist()[3:] == ["16.0", "–"]
