@@ -1,0 +1,148 @@
+"""The loss terms of ToCo as pure functions of tensors, computed in float32."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssepa_lib.pseudo_labels import IGNORE, inside
+
+ENERGY_WEIGHT, SIGMA_XY, SIGMA_RGB = 1e-7, 50.0, 15.0  # at half image size; colours in 0..255
+
+
+def classification_loss(scores: Tensor, label: Tensor) -> Tensor:
+    """Multi-label soft margin loss of scores [B, C] against labels [B, C] of 0 and 1 (ToCo, L_cls and L_m.cls)."""
+    return F.multilabel_soft_margin_loss(scores.float(), label.float())
+
+
+def patch_token_contrast(patches: Tensor, token_labels: Tensor) -> Tensor:
+    """Pull tokens of one label together, push the others apart (ToCo, equation 4).
+
+    Args:
+        patches: [B, N, D], final tokens.
+        token_labels: [B, N], class ids; pairs with a 255 and pairs of a token with itself do not count.
+
+    Returns:
+        0.5·(1 − Σpos/(#pos + 1)) + 0.5·Σneg/(#neg + 1) over absolute cosine similarities of the whole batch.
+    """
+    with torch.autocast(patches.device.type, enabled=False):
+        unit = F.normalize(patches.float(), dim=-1, eps=1e-8)
+        similarity = (unit @ unit.mT).abs()  # [B, N, N]
+    same = token_labels[:, :, None] == token_labels[:, None, :]
+    known = token_labels != IGNORE
+    counted = known[:, :, None] & known[:, None, :] & ~torch.eye(same.shape[1], dtype=torch.bool, device=same.device)
+    positive, negative = same & counted, ~same & counted
+    attract = 1 - (similarity * positive).sum() / (positive.sum() + 1)
+    return 0.5 * attract + 0.5 * (similarity * negative).sum() / (negative.sum() + 1)
+
+
+def class_token_contrast(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float) -> Tensor:
+    """InfoNCE between class tokens of global and local views (ToCo, equation 5).
+
+    With s_ij = exp(teacher_i · student_j / temperature) and Σneg_i over the negative views, each image contributes
+    Σ_i [Σ_positive j −log(s_ij / (s_ij + Σneg_i + 1e-4)) − log(1 / (1 + Σneg_i + 1e-4))] / 2(#positive + 1e-4).
+
+    Args:
+        student: [B, V, E], projected class tokens of all views.
+        teacher: [B, 2, E], projected class tokens of the two global views; receives no gradient.
+        positive: bool [B, V], views that show an object (the two global ones always do).
+        temperature: of the similarities.
+
+    Returns:
+        The mean over the batch.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        logits = teacher.detach().float() @ student.float().mT / temperature  # [B, 2, V]
+    positive = positive[:, None, :]
+    # log(Σneg + 1e-4); the extra column keeps it finite without negatives
+    masked = F.pad(logits.masked_fill(positive, -torch.inf), (0, 1), value=torch.tensor(1e-4).log().item())
+    negatives = masked.logsumexp(-1, keepdim=True)  # [B, 2, 1]
+    attract = (F.softplus(negatives - logits) * positive).sum((1, 2))
+    repel = F.softplus(negatives).sum((1, 2))
+    return ((attract + repel) / (2 * (positive.sum((1, 2)) + 1e-4))).mean()
+
+
+def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy averaged over background and over foreground pixels separately, then the mean of both.
+
+    Args:
+        logits: [B, C+1, H, W].
+        target: long [B, H, W], 255 ignored.
+
+    Returns:
+        A scalar; a side without pixels counts 0, so a crop without labels gives 0 (with a zero gradient), never NaN.
+    """
+    pixel = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
+    background = target == 0
+    foreground = ~background & (target != IGNORE)
+    return 0.5 * sum((pixel * side).sum() / side.sum().clamp(min=1) for side in (background, foreground))
+
+
+def bilateral_filter(image: Tensor, values: Tensor, sigma_xy: float, sigma_rgb: float, exact: bool = False) -> Tensor:
+    """Σ_j exp(−‖Δxy_ij‖² / 2σ_xy² − ‖Δrgb_ij‖² / 2σ_rgb²) · values_j over all pixels j, i itself included.
+
+    Args:
+        image: [B, 3, H, W], RGB in 0..255.
+        values: [B, K, H, W].
+        sigma_xy, sigma_rgb: in pixels and grey levels.
+        exact: sum over all pairs, in bounded memory.
+
+    Returns:
+        [B, K, H, W], float32, not normalised, without gradient.
+    """
+    b, k, height, width = values.shape
+    grid = torch.meshgrid(*(torch.arange(n, device=image.device) / sigma_xy for n in (height, width)), indexing="ij")
+    position = torch.stack(grid).expand(b, -1, -1, -1)
+    features = torch.cat([position, image.float() / sigma_rgb], 1).flatten(2).mT  # [B, H·W, 5], in units of σ
+    return _all_pairs(features, values.float().flatten(2).mT).mT.unflatten(2, (height, width))
+
+
+def _all_pairs(features: Tensor, values: Tensor) -> Tensor:
+    """Gaussian sums of values [B, P, K] at features [B, P, D], a block of rows at a time."""
+    features = features - features.mean(1, keepdim=True)
+    rows = max(1, 2**24 // values.shape[1])
+    result = torch.empty_like(values)
+    for b, f in enumerate(features):
+        norm = f.square().sum(1) / 2
+        for i in range(0, len(f), rows):
+            block = slice(i, i + rows)
+            kernel = (f[block] @ f.T).sub_(norm).sub_(norm[block, None]).exp_()
+            result[b, block] = kernel @ values[b]
+    return result
+
+
+class _DenseEnergy(torch.autograd.Function):
+    """−(1/B) Σ sᵀ[G ∘ Ws] with the gradient −2·(G ∘ Ws)/B, the gate G held constant."""
+
+    @staticmethod
+    def forward(ctx, inside_probabilities: Tensor, image: Tensor, gate: Tensor, exact: bool) -> Tensor:
+        smooth = gate * bilateral_filter(image, inside_probabilities, SIGMA_XY, SIGMA_RGB, exact) / len(gate)
+        ctx.save_for_backward(smooth)
+        return -(inside_probabilities * smooth).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return -2 * gradient * ctx.saved_tensors[0], None, None, None
+
+
+def dense_energy(image: Tensor, logits: Tensor, target: Tensor, box: Tensor, *, exact: bool = False) -> Tensor:
+    """Dense conditional-random-field energy of a soft segmentation ("rloss"; ToCo, L_reg), times 1e-7.
+
+    Everything runs at half size: image and masks by nearest, softmax probabilities S by bilinear resizing. With R the
+    crop box, G = max(R − max_k S, 0), or 1 where the target is 255, and W the bilateral kernel (σ 50 px, 15 grey
+    levels), the energy is −(1/B) Σ_k (S∘R)ᵀ[G ∘ W(S∘R)] and its gradient −2·(G ∘ W(S∘R))/B ∘ R.
+
+    Args:
+        image: [B, 3, H, W], RGB in 0..255.
+        logits: [B, C+1, h, w], any size; resized to H×W.
+        target: long [B, H, W], pseudo-labels with 255 for unlabelled.
+        box: long [B, 4], valid part of the crop as (y0, y1, x0, x1), half open.
+        exact: evaluate the kernel over all pairs, instead of the fast approximation.
+    """
+    height, width = target.shape[-2:]
+    half = (height // 2, width // 2)
+    probabilities = F.interpolate(logits.float(), (height, width), mode="bilinear").softmax(1)
+    probabilities = F.interpolate(probabilities, half, mode="bilinear")
+    region = F.interpolate(inside(box, (height, width))[:, None].float(), half)  # [B, 1, H/2, W/2]
+    unlabelled = F.interpolate((target == IGNORE)[:, None].float(), half) > 0
+    gate = (region - probabilities.detach().amax(1, keepdim=True)).clamp(min=0).masked_fill(unlabelled, 1)
+    return ENERGY_WEIGHT * _DenseEnergy.apply(probabilities * region, F.interpolate(image.float(), half), gate, exact)
