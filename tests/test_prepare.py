@@ -129,6 +129,7 @@ def test_server_without_ranges_starts_again(server, tmp_path):
     (tmp_path / "data.tar.part").write_bytes(b"x" * 5000)
     server.files["/a"] = lambda handler: handler.answer(CONTENT)
     assert fetch(source(CONTENT, f"{server.url}/a"), tmp_path).read_bytes() == CONTENT
+    assert len(server.log) == 1
 
 
 def test_wrong_beginning_is_thrown_away_once(server, tmp_path):
