@@ -74,12 +74,18 @@ def recipe():
 def tiny(recipe):
     torch.manual_seed(0)
     network = TinyNetwork()
-    return network, SelfReinforcement(network, recipe)
+    reinforce = SelfReinforcement(network, recipe)
+    with torch.no_grad():  # as initialised, the head hardly tells inputs apart
+        for parameter in reinforce.projector.parameters():
+            parameter.normal_()
+    reinforce.teacher.module["projector"].load_state_dict(reinforce.projector.state_dict())
+    return network, reinforce
 
 
 def views(seed=1):
     g = generator(seed)
-    return torch.rand(3, 3, 4, 4, generator=g), torch.rand(3, 3, 4, 4, generator=g), torch.tensor([[1.0, 0.0]] * 3)
+    view1, view2 = 3 * torch.randn(2, 3, 3, 4, 4, generator=g)
+    return view1, view2, torch.tensor([[1.0, 0.0]] * 3)
 
 
 # Masks
@@ -178,10 +184,10 @@ def test_distillation_equals_a_slow_version():
     student, teacher = torch.randn(2, 3, 4, generator=generator())
     center, total = torch.randn(4, generator=generator(1)), 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
-        target = [math.exp((x - c) / 0.05) for x, c in zip(t, center.tolist(), strict=True)]
-        predicted = [math.exp(x / 0.1) for x in s]
+        target = [math.exp((x - c) / 0.5) for x, c in zip(t, center.tolist(), strict=True)]
+        predicted = [math.exp(x / 0.8) for x in s]
         total -= sum(a / sum(target) * math.log(b / sum(predicted)) for a, b in zip(target, predicted, strict=True))
-    assert float(self_distillation(student, teacher, center, 0.1, 0.05)) == pytest.approx(total / 3, rel=1e-4)
+    assert float(self_distillation(student, teacher, center, 0.8, 0.5)) == pytest.approx(total / 3, rel=1e-4)
 
 
 def test_distillation_keeps_float32_and_gradients_to_the_student_only():
@@ -201,6 +207,15 @@ def test_centres_follow_the_mean_of_all_tokens_separately():
     torch.testing.assert_close(centers.patches, torch.full((2,), 4 * (1 - 0.81)))
 
 
+def test_centres_are_averaged_over_processes(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda means: means.add_(8.0))  # the other process saw 8
+    centers = Centers(2, momentum=0.0)
+    centers.update(torch.full((3, 2), 2.0), torch.full((3, 4, 2), 4.0))
+    assert centers.cls.tolist() == [5.0, 5.0] and centers.patches.tolist() == [6.0, 6.0]
+
+
 def test_views_and_teacher_are_paired_as_published(tiny):
     network, reinforce = tiny
     view1, view2, label = views()
@@ -216,6 +231,8 @@ def test_views_and_teacher_are_paired_as_published(tiny):
     cer = self_distillation(project(masked.cls), project(whole1.cls), before[0], 0.1, 0.055)
     torch.testing.assert_close(losses["unc"], unc)
     torch.testing.assert_close(losses["cer"], cer)
+    swapped = self_distillation(project(masked.cls), project(whole2.cls), before[0], 0.1, 0.055)
+    assert abs(swapped - cer) > 0.01  # the inputs tell the views apart
     cls = torch.cat([project(whole1.cls), project(whole2.cls)])
     torch.testing.assert_close(reinforce.centers.cls, 0.75 * before[0] + 0.25 * cls.mean(0))
 
@@ -236,6 +253,14 @@ def test_nothing_masked_gives_zero_with_a_gradient_path(tiny):
     assert losses["unc"] == 0 and losses["cer"] > 0
     losses["unc"].backward()
     assert all(p.grad is None or not p.grad.any() for p in network.parameters())
+
+
+def test_absent_classes_are_not_uncertain(tiny):
+    network, reinforce = tiny
+    reinforce.config.selection, reinforce.config.uncertain = "strict", [0.01, 1.0]
+    view1, view2, label = views()
+    assert reinforce(network, view1, view2, label, fraction=0.5, generator=generator())["unc"] > 0
+    assert reinforce(network, view1, view2, 0 * label, fraction=0.5, generator=generator())["unc"] == 0
 
 
 def test_evaluation_mode_leaves_the_centres_alone(tiny):
