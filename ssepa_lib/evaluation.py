@@ -19,12 +19,13 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
 from ssepa_lib.cam import multi_scale_cam
+from ssepa_lib.crf import crf_pool
 from ssepa_lib.datasets import IGNORE, SegmentationDataset
 from ssepa_lib.device import autocast, describe_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.pseudo_labels import single_threshold_labels
 from ssepa_lib.recipe import CamConfig, Recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement, crf_pool
+from ssepa_lib.refinement import PixelAdaptiveRefinement
 from ssepa_lib.transforms import eval_batches
 
 THRESHOLDS = tuple(i / 10 for i in range(1, 10))

@@ -20,13 +20,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ssepa_lib.cam import multi_scale_cam
+from ssepa_lib.crf import crf_pool
 from ssepa_lib.datasets import IGNORE, IMAGE_SUFFIXES, SegmentationDataset, read_image, voc_palette
 from ssepa_lib.device import autocast
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import background_and_cam, merge_scales, scale_logits
 from ssepa_lib.pseudo_labels import single_threshold_labels
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement, crf_pool
+from ssepa_lib.refinement import PixelAdaptiveRefinement
 from ssepa_lib.transforms import eval_batches
 
 SUBMISSION_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
