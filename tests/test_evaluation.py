@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 from torch import nn
 
 from ssepa_lib import evaluation
-from ssepa_lib.datasets import SegmentationDataset
+from ssepa_lib.cam import cam_to_label, multi_scale_cam
+from ssepa_lib.datasets import SegmentationDataset, build_dataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import (
     Confusion,
@@ -21,7 +23,9 @@ from ssepa_lib.evaluation import (
     segmentation_logits,
     write_metrics,
 )
+from ssepa_lib.network import build_network
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.transforms import eval_batches
 
 CLASSES = ("circle", "square")
 
@@ -159,6 +163,27 @@ def test_the_setting_tells_scales_mirror_and_crf():
     assert line == "toy val, 2 images, 8², scales 1/1.25/1.5 + mirror, 20000 steps of 4, seed 0"
     ms = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", products=("cam",), cam_scales="ms")
     assert ms["setting"]["products"]["cam"] == {"scales": [1.0, 0.5, 1.5], "flip": True, "crf": False}
+
+
+def test_batches_give_what_a_loop_over_images_gives(tiny):
+    settings = tiny("ssepa", **{"eval.batch": 3, "data.val_images": 4})
+    dataset = build_dataset(settings.data, "val")
+    network = build_network(settings, dataset.classes).eval()
+    result = evaluate(network, settings, dataset, device="cpu", segmentation=("raw", "ms"))
+    slow = {name: Confusion(dataset.classes) for name in ("cam", "refined_cam", "segmentation", "segmentation_ms")}
+    single = replace(settings.cam, scales=[1.0], flip=False)
+    for _, image, label, masks in eval_batches(dataset, 32, 1):
+        mask = masks[0]
+        with torch.no_grad():
+            maps = multi_scale_cam(network, image, label, single, affinity=True)
+        for name, cam in (("cam", maps.cam), ("refined_cam", maps.refined)):
+            resized = F.interpolate(cam, size=mask.shape, mode="bilinear")
+            slow[name].update(cam_to_label(resized, settings.cam.background)[0], mask)
+        for name, scales, flip in (("segmentation", [1.0], False), ("segmentation_ms", settings.eval.scales, True)):
+            logits = segmentation_logits(network, image, scales, flip, mask.shape)
+            slow[name].update(logits.argmax(1)[0], mask)
+    for name, confusion in slow.items():
+        assert result["miou"][name] == pytest.approx(confusion.miou, abs=0.02), name  # a batch rounds differently
 
 
 def test_classes_the_image_does_not_show_are_not_predicted_by_the_cam():
