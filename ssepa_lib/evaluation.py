@@ -140,10 +140,21 @@ def segmentation_logits(
     return merge_scales(scale_logits(network, image, scales, flip), size or image.shape[-2:])
 
 
-def background_and_cam(cam: Tensor, background: float) -> Tensor:
-    """Probabilities [C+1, H, W] for the dense CRF: constant background score and valid CAMs, divided by their sum."""
-    scores = torch.cat([torch.full_like(cam[:1], background), cam])
-    return scores / scores.sum(0, keepdim=True)
+def background_and_cam(cam: Tensor, label: Tensor, background: float, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What a dense CRF starts from: constant background score and CAMs of the classes present, divided by their sum.
+
+    Args:
+        cam: [C, h, w] in 0..1; label: [C]; size: (height, width) of the result.
+
+    Returns:
+        probabilities [P+1, *size] of background and the P classes present, and their class ids [P+1].
+    """
+    present = label.nonzero().flatten()
+    scores = cam.new_full((1, *size), background)
+    if len(present):
+        resized = F.interpolate(cam[None, present], size=tuple(size), mode="bilinear")[0]
+        scores = torch.cat([scores, resized])
+    return scores / scores.sum(0, keepdim=True), torch.cat([present.new_zeros(1), present + 1])
 
 
 class _Pass:
@@ -187,9 +198,8 @@ class _Pass:
                 channels = torch.arange(len(self.dataset.classes) + 1, device=self.device)
                 yield self._job("segmentation_ms_crf", logits["segmentation_ms"].softmax(0), channels, mask)
             if "pseudo_label_crf" in self.labels:
-                cam = F.interpolate(cams[self.source][i][None, present], size=mask.shape, mode="bilinear")[0]
-                channels = torch.cat([present.new_zeros(1), present + 1])
-                yield self._job("pseudo_label_crf", background_and_cam(cam, self.cam.background), channels, mask)
+                found = background_and_cam(cams[self.source][i], labels[i], self.cam.background, mask.shape)
+                yield self._job("pseudo_label_crf", *found, mask)
             self.done += 1
 
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:

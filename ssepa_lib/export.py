@@ -237,10 +237,8 @@ def export_pseudo_labels(
 
     def jobs():
         for id, image, cam, label, _ in maps():
-            present = label.nonzero().flatten()
-            scores = F.interpolate(cam[None, present], size=image.size[::-1], mode="bilinear")[0]
-            channels = np.concatenate([[0], present.cpu().numpy() + 1]).astype(np.uint8)
-            yield np.array(image), background_and_cam(scores, config.background).cpu().numpy(), (id, channels)
+            probabilities, channels = background_and_cam(cam, label, config.background, image.size[::-1])
+            yield np.array(image), probabilities.cpu().numpy(), (id, channels.byte().cpu().numpy())
 
     if crf:
         labelled = ((id, channels[p.argmax(0)]) for p, (id, channels) in _through_crf(jobs(), processes))

@@ -214,10 +214,23 @@ def test_crf_results_meet_their_own_masks(monkeypatch):
 
 
 def test_background_and_cam_keeps_the_threshold():
-    cam = torch.tensor([0.4, 0.6]).view(1, 1, 2)
-    probabilities = background_and_cam(cam, 0.5)
-    assert probabilities.argmax(0).tolist() == [[0, 1]]
+    cam = torch.tensor([[9.0, 9.0], [0.4, 0.6]]).view(2, 1, 2)
+    probabilities, channels = background_and_cam(cam, torch.tensor([0.0, 1.0]), 0.5, (1, 2))
+    assert probabilities.argmax(0).tolist() == [[0, 1]] and channels.tolist() == [0, 2]
     assert torch.allclose(probabilities.sum(0), torch.ones(1, 2))
+
+
+def test_an_image_without_any_class_is_all_background(monkeypatch):
+    class Empty(TwoImages):
+        def label(self, i):
+            return torch.zeros(2)
+
+    monkeypatch.setattr(evaluation, "crf_pool", lambda jobs, processes: (p for _, p in jobs))
+    products = ("cam", "pseudo_label", "pseudo_label_crf")
+    result = evaluate(ColourNetwork(), recipe(), Empty(), device="cpu", products=products)
+    for product in products:
+        assert result["per_class"][product]["circle"] == 0 and result["per_class"][product]["background"] > 0
+    assert result["mean_average_precision"] is None
 
 
 def test_bad_input_is_named():
