@@ -74,6 +74,9 @@ class Backbone(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         if not config.train_pos_embed and self.vit.pos_embed is not None:
             self.vit.pos_embed.requires_grad_(False)
+        for name in ("cls_token", "reg_token") if self.drop_prefix else ():
+            if getattr(self.vit, name, None) is not None:
+                getattr(self.vit, name).requires_grad_(False)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches per column and per row for an image of this size.

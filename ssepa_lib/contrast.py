@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssepa_lib.device import own_share
 from ssepa_lib.errors import UserError
 
 
@@ -45,7 +46,8 @@ def local_views(
     middle = size // 2
     allowed = (regions[:, middle : middle + rows, middle : middle + columns] <= 1).flatten(1)
     allowed |= allowed.sum(1, keepdim=True) < number  # too few such places: anywhere
-    lottery = torch.rand(b, rows * columns, generator=generator, device=generator.device).to(source.device)
+    draw = lambda n: torch.rand(n, rows * columns, generator=generator, device=generator.device)  # noqa: E731
+    lottery = own_share(draw, b).to(source.device)
     corner = lottery.masked_fill(~allowed, -1).topk(number).indices  # [B, V]
     side = torch.arange(size, device=source.device)
     y = (corner // columns)[:, :, None, None] + side[:, None]

@@ -1,9 +1,12 @@
 """Where tensors live and in which precision: one processor or one GPU without any change of code."""
 
 import platform
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ssepa_lib.errors import UserError
 
@@ -46,3 +49,29 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and the number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def over_processes(total: Tensor, count: Tensor) -> Tensor:
+    """total / count where the batch is shared among processes.
+
+    `count` is summed over processes and the quotient scaled such that averaging values and gradients over processes
+    gives exactly what one process with the whole batch has. With one process it is the plain quotient.
+    """
+    world = rank_and_world()[1]
+    if world > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+    return world * total / count.clamp(min=1)
+
+
+def own_share(draw: Callable[[int], Tensor], batch: int) -> Tensor:
+    """Random numbers for this process's images out of a draw for the whole batch, so that sharing changes nothing."""
+    rank, world = rank_and_world()
+    return draw(batch * world)[rank * batch : (rank + 1) * batch]

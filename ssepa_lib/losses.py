@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssepa_lib.device import over_processes, rank_and_world
 from ssepa_lib.pseudo_labels import IGNORE, inside
 
 ENERGY_WEIGHT, SIGMA_XY, SIGMA_RGB = 1e-7, 50.0, 15.0  # at half image size; colours in 0..255
@@ -31,8 +32,10 @@ def patch_token_contrast(patches: Tensor, token_labels: Tensor) -> Tensor:
     known = token_labels != IGNORE
     counted = known[:, :, None] & known[:, None, :] & ~torch.eye(same.shape[1], dtype=torch.bool, device=same.device)
     positive, negative = same & counted, ~same & counted
-    attract = 1 - (similarity * positive).sum() / (positive.sum() + 1)
-    return 0.5 * attract + 0.5 * (similarity * negative).sum() / (negative.sum() + 1)
+    # the 1 in the denominator is the whole batch's, whatever share of it this process has
+    one = 1 / rank_and_world()[1]
+    attract = 1 - over_processes((similarity * positive).sum(), positive.sum() + one)
+    return 0.5 * attract + 0.5 * over_processes((similarity * negative).sum(), negative.sum() + one)
 
 
 def class_token_contrast(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float) -> Tensor:
@@ -74,7 +77,7 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     pixel = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
     background = target == 0
     foreground = ~background & (target != IGNORE)
-    return 0.5 * sum((pixel * side).sum() / side.sum().clamp(min=1) for side in (background, foreground))
+    return 0.5 * sum(over_processes((pixel * side).sum(), side.sum()) for side in (background, foreground))
 
 
 def bilateral_filter(image: Tensor, values: Tensor, sigma_xy: float, sigma_rgb: float, exact: bool = False) -> Tensor:

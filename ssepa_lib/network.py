@@ -127,18 +127,25 @@ class Network(nn.Module):
                              descriptor=a.descriptor, steps=a.steps)  # fmt: skip
 
     def parameter_groups(self, optim: OptimConfig, haaf_lr: float) -> list[dict]:
-        """Groups for the optimiser: backbone at `lr`, everything on top of it at `lr·head_lr_factor`, HAAF at its own."""
+        """Groups for the optimiser: backbone at `lr`, all on top of it at `lr·head_lr_factor`, HAAF at a rate of its own."""
         rates = {"backbone": optim.lr, "haaf": haaf_lr}
-        groups: dict[tuple[float, float], dict] = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            lr = rates.get(name.split(".")[0], optim.lr * optim.head_lr_factor)
-            spared = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("pos_embed", "cls_token", "mask_token", "query")
-            decay = optim.weight_decay if optim.decay_all or not spared else 0.0
-            group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
-            group["params"].append(parameter)
-        return list(groups.values())
+        return [group for name, module in self.named_children()
+                for group in optimiser_groups(module, rates.get(name, optim.lr * optim.head_lr_factor), optim)]  # fmt: skip
+
+
+def optimiser_groups(module: nn.Module, lr: float, optim: OptimConfig) -> list[dict]:
+    """A module's trainable parameters as optimiser groups: with weight decay and, unless `decay_all`, without it.
+
+    Spared are biases, norms, and position, class and mask tokens (FSR).
+    """
+    decayed, spared = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            token = name.rsplit(".", 1)[-1] in ("pos_embed", "cls_token", "reg_token", "mask_token")
+            plain = not optim.decay_all and (parameter.ndim < 2 or token)
+            (spared if plain else decayed).append(parameter)
+    groups = ((decayed, optim.weight_decay), (spared, 0.0))
+    return [{"params": params, "lr": lr, "weight_decay": decay} for params, decay in groups if params]
 
 
 def build_network(recipe: Recipe, classes: Sequence[str]) -> Network:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssepa_lib.cam import Cams, multi_scale_cam
 from ssepa_lib.contrast import local_views, region_map
+from ssepa_lib.device import over_processes
 from ssepa_lib.losses import (
     class_token_contrast,
     classification_loss,
@@ -193,7 +194,7 @@ class HaafSupervision(nn.Module):
         onehot = F.one_hot(label.where(known, 0), classes).float() * known.unsqueeze(-1)
         mass = self._products(step.out, onehot)  # [B, N, C+1]
         share = mass.gather(2, label.where(known, 0).unsqueeze(2)).squeeze(2) / (mass.sum(2) + 1e-6)
-        return -(share.clamp_min(1e-6).log() * known).sum() / known.sum().clamp_min(1)
+        return over_processes(-(share.clamp_min(1e-6).log() * known).sum(), known.sum())
 
     def _energy(self, step: Step) -> Tensor:
         h, w = step.out.grid
@@ -202,13 +203,13 @@ class HaafSupervision(nn.Module):
         with torch.no_grad():
             target = step.par(small, F.interpolate(maps, (4 * h, 4 * w), mode="bilinear", align_corners=False))
             target = F.adaptive_avg_pool2d(target, (h, w))
-        return (maps - target).abs().sum() / step.batch.label.sum() / (h * w)
+        return over_processes((maps - target).abs().mean((2, 3)).sum(), step.batch.label.sum())
 
     def _decoder(self, step: Step) -> Tensor:
         target = step.out.segmentation.detach().float().softmax(1)[:, 1:].flatten(2).transpose(1, 2)
-        present = step.batch.label[:, None].expand_as(target) > 0
         maps = self._refined(step).clamp(1e-4, 1 - 1e-4)
-        return F.binary_cross_entropy(maps[present], target[present].float())
+        pixel = -(target * maps.log() + (1 - target) * (1 - maps).log()).mean(1)  # [B, C]
+        return over_processes((pixel * step.batch.label).sum(), step.batch.label.sum())
 
     def _equivariance(self, step: Step) -> Tensor:
         copy = F.interpolate(step.batch.image.float().flip(-1), scale_factor=1.4, mode="bilinear", align_corners=False)
@@ -217,7 +218,7 @@ class HaafSupervision(nn.Module):
         as_map = lambda x, out: x.transpose(1, 2).unflatten(2, out.grid)  # noqa: E731
         there = F.interpolate(as_map(self._refined(step, other), other), step.out.grid, mode="bilinear").flip(-1)
         here = as_map(self._refined(step), step.out)
-        return (here - there).abs().sum() / step.batch.label.sum() / here[0, 0].numel()
+        return over_processes((here - there).abs().mean((2, 3)).sum(), step.batch.label.sum())
 
 
 class FeatureReinforcement(nn.Module):

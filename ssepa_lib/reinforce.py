@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ssepa_lib.cam import normalise_cam
+from ssepa_lib.device import over_processes, own_share
 from ssepa_lib.network import Network, NetworkOutput, ProjectionHead
 from ssepa_lib.recipe import Recipe, ReinforceConfig
 
@@ -62,7 +63,8 @@ def mask_blocks(
     rows, columns = (torch.arange(0, n, block).add(block // 2).clamp(max=n - 1) for n in (h, w))
     centres = activation[:, rows][:, :, columns].flatten(1)  # [B, M]
     uncertain = (centres > low) & (centres < high)
-    order = torch.rand(centres.shape, generator=generator, device=generator.device).to(activation.device)
+    draw = lambda n: torch.rand(n, centres.shape[1], generator=generator, device=generator.device)  # noqa: E731
+    order = own_share(draw, batch).to(activation.device)
     selection = config.selection if fraction >= config.random_until else "random"
     if selection == "edge":
         order = edge_strength(image, (h, w), block).flatten(1)
@@ -127,7 +129,7 @@ def self_distillation(
     """
     target = ((teacher.detach().float() - center) / teacher_temperature).softmax(-1)
     loss = -(target * (student.float() / student_temperature).log_softmax(-1)).sum(-1)
-    return loss.sum() / max(len(loss), 1)
+    return over_processes(loss.sum(), torch.tensor(len(loss), device=loss.device))
 
 
 def _project(projector: nn.Module, tokens: Tensor) -> Tensor:

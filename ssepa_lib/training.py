@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import pickle  # only to name the exception of an unreadable file
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ssepa_lib.datasets import build_dataset
 from ssepa_lib.device import precision, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.network import Network, build_network
+from ssepa_lib.network import Network, build_network, optimiser_groups
 from ssepa_lib.objectives import Step, build_objectives, total_loss
 from ssepa_lib.recipe import Recipe, load_recipe, save_recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
@@ -58,9 +59,8 @@ class Trainer:
         self.network: Network = build_network(recipe, classes).to(device).train()
         self.objectives = build_objectives(recipe, self.network).to(device)
         self.par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
-        head = {"params": [p for p in self.objectives.parameters() if p.requires_grad],
-                "lr": recipe.optim.lr * recipe.optim.head_lr_factor, "weight_decay": recipe.optim.weight_decay}  # fmt: skip
-        groups = self.network.parameter_groups(recipe.optim, recipe.affinity.haaf_lr) + [head] * bool(head["params"])
+        groups = self.network.parameter_groups(recipe.optim, recipe.affinity.haaf_lr)
+        groups += optimiser_groups(self.objectives, recipe.optim.lr * recipe.optim.head_lr_factor, recipe.optim)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(recipe, step)
@@ -93,7 +93,11 @@ class Trainer:
         for part in self.objectives:
             if hasattr(part, "finish"):
                 part.finish(self.network, self.index / self.recipe.train.steps)
-        return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+        names, values = zip(*{"loss": loss, **terms}.items(), strict=True)
+        logged = torch.stack([value.detach().float() for value in values])
+        if self.world > 1:
+            torch.distributed.all_reduce(logged)
+        return dict(zip(names, logged / self.world, strict=True))
 
     def _average_gradients(self) -> None:
         """One all-reduce over all gradients. Several forward passes feed one backward pass, which bucketed DDP hooks
@@ -180,7 +184,7 @@ def _prepare(recipe: Recipe, run_dir: Path, resume: bool) -> dict[str, Any] | No
         return None
     try:
         return torch.load(state, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{state} cannot be read; remove it to train this run again from the start.") from error
 
 

@@ -1,0 +1,278 @@
+"""The command line: `python -m ssepa_lib COMMAND`. Bad input ends with one sentence and exit code 2."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ssepa_lib.errors import UserError
+
+# Heavy imports stay inside the commands, so that --help answers at once.
+
+
+def _pairs(items: list[str]) -> dict[str, str]:
+    """`key=value` arguments as a dictionary."""
+    broken = [item for item in items if "=" not in item]
+    if broken:
+        raise UserError(f"'{broken[0]}' is not NAME=VALUE; write for example train.steps=500.")
+    return dict(item.split("=", 1) for item in items)
+
+
+def _counter(what: str, unit: str = "image"):
+    """A progress callback (done, all) that shows a bar on a terminal and a line now and then elsewhere."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=what, disable=None, unit=unit, unit_scale=unit == "B")
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress
+
+
+def _line_per_row(row: dict[str, Any]) -> None:
+    terms = "  ".join(
+        f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "steps", "lr", "seconds", "seconds_left")
+    )
+    print(f"step {row['step']}/{row['steps']}  {terms}  {row['seconds_left'] / 60:.1f} min left", flush=True)
+
+
+def workbook(args: argparse.Namespace) -> int:
+    from ssepa_lib.runner import run_workbook
+
+    return run_workbook(args.preset, args.only, args.start, _pairs(args.parameter))
+
+
+def train(args: argparse.Namespace) -> int:
+    from ssepa_lib.paths import results_root
+    from ssepa_lib.recipe import load_recipe
+    from ssepa_lib.training import train as run
+
+    recipe = load_recipe(args.recipe, _pairs(args.set) | ({"train.seed": args.seed} if args.seed is not None else {}))
+    preset, *method = (
+        Path(args.recipe).stem.split("/") if args.recipe.endswith(("yaml", "yml")) else args.recipe.split("/")
+    )
+    name = args.run or f"{'-'.join(method) or preset}-seed{recipe.train.seed}"
+    print(run(recipe, results_root() / preset / name, resume=not args.restart, on_step=_line_per_row))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from ssepa_lib.evaluation import describe_setting
+    from ssepa_lib.study import evaluate_run
+
+    modes = ("raw", *(["ms"] if args.ms or args.crf else []), *(["crf"] if args.crf else []))
+    options: dict[str, Any] = {"segmentation": modes, "cam_scales": "ms" if args.ms or args.crf else "raw"}
+    if args.crf:
+        from ssepa_lib.evaluation import PRODUCTS
+
+        options["products"] = (*PRODUCTS, "pseudo_label_crf")
+    result = evaluate_run(args.run, args.split, images=args.images, device=args.device, progress=_counter(args.split),
+                          **options)  # fmt: skip
+    for product, value in result["miou"].items():
+        if value is not None:
+            print(f"{product:22} {value:6.2f}  {describe_setting(result['setting'], product)}")
+    return 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    from ssepa_lib.export import predict_folder
+    from ssepa_lib.training import load_run
+
+    network, recipe = load_run(args.run, args.device)
+    device = next(network.parameters()).device
+    print(predict_folder(network, recipe, args.images, args.out, device=device, inference=args.inference,
+                         progress=_counter("predict")))  # fmt: skip
+    return 0
+
+
+def pseudo_labels(args: argparse.Namespace) -> int:
+    from ssepa_lib.export import export_pseudo_labels
+    from ssepa_lib.study import split_of
+    from ssepa_lib.training import load_run
+
+    network, recipe = load_run(args.run, args.device)
+    device = next(network.parameters()).device
+    print(export_pseudo_labels(network, recipe, split_of(recipe, args.split), args.out, device=device, crf=args.crf,
+                               progress=_counter("pseudo-labels")))  # fmt: skip
+    return 0
+
+
+def submission(args: argparse.Namespace) -> int:
+    from ssepa_lib.datasets import VocDataset
+    from ssepa_lib.export import export_submission, validate_submission
+    from ssepa_lib.paths import voc_root
+    from ssepa_lib.training import load_run
+
+    dataset = VocDataset(voc_root(), args.split)
+    if args.check:
+        number = validate_submission(
+            args.out, dataset.ids, {i: dataset.image(k).size for k, i in enumerate(dataset.ids)}
+        )
+        print(f"{args.out}: {number} masks, valid for the VOC server.")
+        return 0
+    if args.run is None:
+        raise UserError("submission needs --run RUN (a run folder), or --check to inspect an archive.")
+    network, recipe = load_run(args.run, args.device)
+    print(export_submission(network, recipe, dataset, args.out, device=next(network.parameters()).device,
+                            inference=args.inference, progress=_counter("submission")))  # fmt: skip
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    from ssepa_lib import prepare
+
+    if args.what == "verify":
+        names = [args.name] if args.name else ["voc", "sbd", "coco"]
+        results = [prepare.verify(name, args.root) for name in names]
+        for result in results:
+            print(f"{result.name} at {result.root}")
+            for what, (found, expected) in result.counts.items():
+                print(f"  {what:24} {found:6} of {expected}")
+            for problem in result.problems:
+                print(f"  missing: {problem}")
+        return 1 if any(result.problems for result in results) else 0
+    makers = {"voc": prepare.prepare_voc, "sbd": prepare.prepare_sbd, "coco": prepare.prepare_coco}
+    options = {} if args.what == "coco" else {"progress": _counter(args.what, "B")}
+    print(makers[args.what](args.root, **options).message)
+    return 0
+
+
+def recipe(args: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from ssepa_lib.paths import RECIPES
+    from ssepa_lib.recipe import load_recipe
+
+    if args.name is None:
+        for kind in ("data", "method", "backbone"):
+            print(f"{kind}:")
+            for path in sorted((RECIPES / kind).glob("*.yaml")):
+                print(f"  {path.stem:20} {path.read_text().splitlines()[0].lstrip('# ')}")
+        return 0
+    made = load_recipe(args.name, _pairs(args.set))
+    print(f"# {made.name}, hash {made.hash()}\n{OmegaConf.to_yaml(OmegaConf.structured(made))}", end="")
+    return 0
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    from ssepa_lib.pretrain import pretrain as run
+
+    options = {"steps": args.steps} if args.steps else {}
+    print(run(args.out, seed=args.seed, on_step=_line_per_row, **options))
+    return 0
+
+
+def tables(args: argparse.Namespace) -> int:
+    from ssepa_lib import tables as t
+    from ssepa_lib.paths import results_root
+
+    runs = t.collect_runs(results_root() / args.preset)
+    for number in args.number or (1, 2, 3, 5):
+        print(f"\nTable {number}\n\n{t.to_markdown(getattr(t, f'table_{number}')(runs))}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    from ssepa_lib.bench import run_suites
+
+    return run_suites(args.suite, args.out, quick=args.quick, device=args.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ssepa_lib", description=(
+        "Weakly supervised semantic segmentation from image labels: ToCo, SS-EPA and FSR."))  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(function, text: str, name: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name or function.__name__, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    def device(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+    def run(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run", type=Path, metavar="RUN", help="run folder, for example results/voc/ssepa-seed0")
+        device(sub)
+
+    sub = add(workbook, "run the notebooks headlessly and write the report")
+    sub.add_argument("--preset", default="shapes", help="data recipe: shapes, voc_mini, voc, … (default shapes)")
+    sub.add_argument("--only", action="append", default=[], metavar="NN", help="only this notebook (repeatable)")
+    sub.add_argument("--from", dest="start", metavar="NN", help="start with this notebook")
+    sub.add_argument(
+        "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="override (repeatable)"
+    )
+
+    sub = add(train, "train a recipe, or finish training it")
+    sub.add_argument("recipe", help="data/method[/backbone] or a YAML file; `recipe` lists what there is")
+    sub.add_argument("--run", metavar="NAME", help="name of the run folder (default METHOD-seedN)")
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=500")
+    sub.add_argument("--restart", action="store_true", help="throw away what the run folder holds")
+
+    sub = add(evaluate, "score a trained run: CAM, auxiliary CAM, refined CAM, pseudo-labels, segmentation")
+    run(sub)
+    sub.add_argument("--split", default="val")
+    sub.add_argument("--images", type=int, default=0, help="only the first so many images")
+    sub.add_argument("--ms", action="store_true", help="also several scales and mirror")
+    sub.add_argument("--crf", action="store_true", help="also the dense CRF after that")
+
+    sub = add(predict, "segment a folder of your own images")
+    run(sub)
+    sub.add_argument("--images", type=Path, required=True, metavar="FOLDER")
+    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    sub.add_argument("--inference", default="ms", choices=("raw", "ms", "crf"))
+
+    sub = add(pseudo_labels, "write the pseudo-labels of a labelled split as palette PNGs", "pseudo-labels")
+    run(sub)
+    sub.add_argument("--split", default="train")
+    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    sub.add_argument("--crf", action="store_true", help="dense CRF instead of pixel-adaptive refinement")
+
+    sub = add(submission, "make or check the archive for the VOC evaluation server")
+    sub.add_argument("out", type=Path, metavar="ARCHIVE.tgz")
+    sub.add_argument("--run", type=Path, metavar="RUN", help="run folder")
+    sub.add_argument("--check", action="store_true", help="only check an archive that exists")
+    sub.add_argument("--split", default="test")
+    sub.add_argument("--inference", default="crf", choices=("raw", "ms", "crf"))
+    device(sub)
+
+    sub = add(data, "download, convert or verify a data set")
+    sub.add_argument("what", choices=("voc", "sbd", "coco", "verify"))
+    sub.add_argument("name", nargs="?", choices=("voc", "sbd", "coco"), help="with verify: only this one")
+    sub.add_argument("--root", type=Path, metavar="FOLDER")
+
+    sub = add(recipe, "show a recipe in full, or list the parts recipes are made of")
+    sub.add_argument("name", nargs="?", help="data/method[/backbone]")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+
+    sub = add(tables, "print the paper's tables with this workbook's runs beside them")
+    sub.add_argument("--preset", default="voc")
+    sub.add_argument("number", type=int, nargs="*", choices=(1, 2, 3, 5), metavar="N", help="1, 2, 3 or 5; default all")
+
+    sub = add(bench, "measure speed and memory; every row is a ratio within one run")
+    sub.add_argument("suite", nargs="*", help="affinity, step, par, energy, loader, crf, scaling; default all")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="default results/bench")
+    sub.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
+    device(sub)
+
+    sub = add(pretrain, "pre-train the micro ViT of the built-in data again")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    sub.add_argument("--steps", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn bad input into one line on standard error and exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        return 130

@@ -1,0 +1,213 @@
+"""Built-in teaching data: VOC-shaped pictures of invented creatures, drawn on the fly from (seed, split, index).
+
+A creature is a small head, whose pattern is the only thing that tells its class, on a larger body whose colours and
+texture come from families that all classes share. A classifier trained on image-level labels therefore needs the head
+alone, and its CAM shows the head alone: the failure that patch affinity repairs. Each class has a home background on
+which it appears more often than elsewhere, so that context can mislead as it does in photographs.
+"""
+
+import numpy as np
+
+from ssepa_lib.errors import UserError
+
+SHAPE_CLASSES = ("ringlet", "crosslet", "dotlet", "barlet", "checklet", "raylet")
+BACKGROUNDS = ("meadow", "sea", "sand", "stone", "brick", "dusk")
+TEXTURES = ("plain", "stripes", "spots", "checks")
+HUES = 6  # body colour families, evenly spaced
+HOME = 0.6  # probability that a scene shows the home background of its first creature
+_STREAMS = {"train": 0, "val": 1, "test": 2, "object": 3}
+
+_BACKGROUND_RGB = np.array(
+    [[104, 132, 92], [92, 120, 146], [178, 162, 130], [132, 132, 134], [150, 112, 100], [112, 98, 130]], np.float32
+)
+_DARK, _LIGHT = np.float32([24, 22, 28]), np.float32([246, 244, 238])
+
+
+def _rng(seed: int, stream: str, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _STREAMS[stream], index])))
+
+
+def _noise(rng: np.random.Generator, height: int, width: int, rows: int, columns: int) -> np.ndarray:
+    """Smooth noise of unit variance at its grid points: a random grid, bilinearly enlarged to [height, width]."""
+
+    def enlarge(length: int, cells: int) -> np.ndarray:
+        position = np.linspace(0, cells, length, dtype=np.float32)[:, None] - np.arange(cells + 1, dtype=np.float32)
+        return np.maximum(1 - np.abs(position), 0)
+
+    grid = rng.standard_normal((rows + 1, columns + 1), dtype=np.float32)
+    return enlarge(height, rows) @ grid @ enlarge(width, columns).T
+
+
+def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+    """RGB 0..255 [3] of a hue in turns."""
+    phase = (np.float32([5, 3, 1]) + 6 * hue) % 6
+    return 255 * value * (1 - saturation * np.clip(np.minimum(phase, 4 - phase), 0, 1)).astype(np.float32)
+
+
+def _background(rng: np.random.Generator, kind: int, height: int, width: int) -> np.ndarray:
+    """Textured background of one family, RGB 0..255 [height, width, 3] float32, always of low saturation."""
+    y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
+    large = _noise(rng, height, width, 4, 4)
+    period = rng.uniform(9, 14)
+    match BACKGROUNDS[kind]:
+        case "meadow":
+            shade = 13 * _noise(rng, height, width, height // 12, width // 2)
+        case "sea":
+            shade = 15 * np.sin(2 * np.pi * y / period + 1.2 * large)
+        case "sand":
+            shade = 12 * _noise(rng, height, width, height // 2, width // 2)
+        case "stone":
+            shade = 9 - 45 * (np.abs(_noise(rng, height, width, height // 10, width // 10)) < 0.13)
+        case "brick":
+            row = y // period
+            mortar = (y % period < 2) | ((x + row % 2 * period) % (2 * period) < 2)
+            shade = 32 * mortar - 4
+        case _:
+            shade = 16 * np.sin(2 * np.pi * (x + y) / (2 * period) + large)
+    shade = shade + 9 * large + rng.normal(0, 10)
+    return _BACKGROUND_RGB[kind] + rng.normal(0, 6, 3).astype(np.float32) + shade[..., None].astype(np.float32)
+
+
+def _outline(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Body silhouette in its own coordinates (±1 at the ends of the axes): ellipse, rounded box, blob or bean."""
+    kind = rng.integers(4)
+    if kind == 0:
+        return u**2 + v**2 < 1
+    if kind == 1:
+        return u**4 + v**4 < 0.9
+    if kind == 2:
+        phase = rng.uniform(0, 2 * np.pi, 2)
+        angle = np.arctan2(v, u)
+        return u**2 + v**2 < (0.9 + 0.1 * np.cos(3 * angle + phase[0]) + 0.07 * np.cos(5 * angle + phase[1])) ** 2
+    bend = rng.choice([-1, 1]) * rng.uniform(0.3, 0.5)
+    return u**2 + (v - bend * (u**2 - 0.5)) ** 2 < 1
+
+
+def _texture(rng: np.random.Generator, kind: int, x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
+    """Share 0..1 of the second body colour, in pixels along the body's axes."""
+    a, b = 2 * np.pi * x / period, 2 * np.pi * y / period
+    match TEXTURES[kind]:
+        case "stripes":
+            return (np.sin(a) > 0.2).astype(np.float32)
+        case "spots":
+            return (np.cos(a) + np.cos(b) > 0.7).astype(np.float32)
+        case "checks":
+            return (np.sin(a) * np.sin(b) > 0).astype(np.float32)
+        case _:
+            return 0.3 + 0.2 * np.sin(a / 3)
+
+
+def _head(kind: int, u: np.ndarray, v: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Head pattern of a class over the body's colour, RGB [..., 3]; u, v in head radii."""
+    radius, angle = np.sqrt(u**2 + v**2), np.arctan2(v, u)
+    rim = radius > 0.82
+    match SHAPE_CLASSES[kind]:
+        case "ringlet":
+            light, dark = np.abs(radius - 0.5) < 0.17, rim
+        case "crosslet":
+            light, dark = rim, np.minimum(np.abs(u), np.abs(v)) < 0.2
+        case "dotlet":
+            light, dark = rim, radius < 0.45
+        case "barlet":
+            light, dark = np.abs(v) < 0.2, np.abs(np.abs(v) - 0.55) < 0.16
+        case "checklet":
+            light, dark = u * v > 0, u * v <= 0
+        case _:
+            light, dark = (np.cos(6 * angle) > 0.2) & ~rim, radius < 0.3
+    return np.where(dark[..., None], _DARK, np.where(light[..., None], _LIGHT, 0.8 * colour))
+
+
+def _creature(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, kind: int,
+              centre: np.ndarray, radius: float) -> None:  # fmt: skip
+    """Draw one creature of class index `kind` into image and mask; `radius` is half its length, pixels."""
+    height, width = mask.shape
+    angle = rng.uniform(0, 2 * np.pi)
+    half = np.float32([0.82, rng.uniform(0.48, 0.66)]) * radius  # body half axes
+    head = rng.uniform(0.25, 0.31) * radius
+    top, left = np.maximum(np.floor(centre - 1.3 * radius).astype(int), 0)
+    bottom, right = np.minimum(np.ceil(centre + 1.3 * radius).astype(int), (height, width))
+    y = np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(centre[0])
+    x = np.arange(left, right, dtype=np.float32) - np.float32(centre[1])
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)  # body's axes
+    along, across = along.astype(np.float32) + 0.18 * radius, across.astype(np.float32)
+    body = _outline(rng, along / half[0], across / half[1])
+    hue = (rng.integers(HUES) + rng.uniform(-0.18, 0.18)) / HUES
+    colour = _hsv(hue, rng.uniform(0.7, 0.9), rng.uniform(0.8, 1.0))
+    share = _texture(rng, rng.integers(len(TEXTURES)), along, across, rng.uniform(0.35, 0.5) * radius)[..., None]
+    shading = 1 - 0.12 * np.clip(across / half[1], -1, 1)[..., None]
+    drawn = colour * (1 - 0.5 * share) * shading
+    tilt = rng.uniform(-0.4, 0.4)
+    u, v = (along - 0.9 * half[0]) / head, (across - tilt * half[1]) / head
+    inside = u**2 + v**2 < 1
+    drawn[inside] = _head(kind, u[inside], v[inside], colour)
+    shown = body | inside
+    image[top:bottom, left:right][shown] = drawn[shown]
+    mask[top:bottom, left:right][shown] = kind + 1
+
+
+def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Uneven light and sensor noise; uint8."""
+    height, width, _ = image.shape
+    image *= rng.uniform(0.85, 1.1) + 0.05 * _noise(rng, height, width, 2, 2)[..., None]
+    image += rng.standard_normal(image.shape, dtype=np.float32) * 5
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _place(rng: np.random.Generator, height: int, width: int, radius: float, others: list) -> np.ndarray:
+    """The one of 12 random centres that keeps the largest distance from the creatures already there."""
+    centres = rng.uniform((0.8 * radius,) * 2, (height - 0.8 * radius, width - 0.8 * radius), (12, 2))
+    if not others:
+        return centres[0]
+    gap = np.stack([np.linalg.norm(centres - centre, axis=1) - other for centre, other in others])
+    return centres[gap.min(0).argmax()]
+
+
+def render_scene(split: str, index: int, size: int = 128, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """One scene with one to three creatures.
+
+    Args:
+        split: train, val or test: disjoint random streams.
+        index: 0 or more; every index is another scene.
+        size: mean side, pixels; each side varies by an eighth, so scenes are rectangular.
+        seed: another seed, another data set.
+
+    Returns:
+        image uint8 [H, W, 3] RGB and mask uint8 [H, W], 0 background, 1.. class (`SHAPE_CLASSES` + 1).
+
+    Raises:
+        UserError: an unknown split.
+    """
+    if split not in ("train", "val", "test"):
+        raise UserError(f"shapes: there is no split '{split}'; choose train, val or test.")
+    rng = _rng(seed, split, index)
+    height, width = (int(side) for side in np.rint(size * rng.uniform(0.875, 1.125, 2)))
+    kinds = rng.integers(len(SHAPE_CLASSES), size=rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))
+    home = rng.uniform() < HOME
+    image = _background(rng, kinds[0] if home else rng.integers(len(BACKGROUNDS)), height, width)
+    mask = np.zeros((height, width), np.uint8)
+    placed: list = []
+    for kind in kinds:
+        radius = size * rng.uniform(0.22, 0.32) / len(kinds) ** 0.2
+        centre = _place(rng, height, width, radius, placed)
+        _creature(rng, image, mask, int(kind), centre, radius)
+        placed.append((centre, radius))
+    return _finish(rng, image), mask
+
+
+def render_object(index: int, size: int = 96, seed: int = 0) -> tuple[np.ndarray, int]:
+    """One centred creature on a random background, for pre-training: no mask, its own random stream.
+
+    Args:
+        index: 0 or more.
+        size: side, pixels.
+        seed: another seed, other pictures.
+
+    Returns:
+        image uint8 [size, size, 3] RGB and the class index 0..C-1.
+    """
+    rng = _rng(seed, "object", index)
+    kind = int(rng.integers(len(SHAPE_CLASSES)))
+    image = _background(rng, rng.integers(len(BACKGROUNDS)), size, size)
+    centre = size * rng.uniform(0.42, 0.58, 2)
+    _creature(rng, image, np.zeros((size, size), np.uint8), kind, centre, size * rng.uniform(0.26, 0.4))
+    return _finish(rng, image), kind

@@ -1,0 +1,84 @@
+import torch
+import torch.nn.functional as F
+
+from ssepa_lib.cam import cam_to_label, multi_scale_cam, normalise_cam, valid_cam
+from ssepa_lib.network import build_network
+
+CLASSES = ("ant", "bee", "cat", "dog")
+LABEL = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
+
+
+def slow(network, image, label, config, affinity):
+    """method, one image, scale and view at a time; every class."""
+    result = []
+    for b in range(len(image)):
+        total = 0
+        for scale in config.scales:
+            views = []
+            for flip in (False, True):
+                x = F.interpolate(image[b : b + 1], scale_factor=scale, mode="bilinear") if scale != 1 else image[b : b + 1]
+                out = network(x.flip(-1) if flip else x, segment=False, affinity=affinity)
+                cam = out.cam
+                if affinity:
+                    columns = cam.relu().flatten(2).transpose(1, 2)
+                    cam = (out.affinity.dense() @ columns).transpose(1, 2).reshape(cam.shape)
+                cam = F.interpolate(cam, image.shape[-2:], mode="bilinear")
+                views.append(cam.flip(-1) if flip else cam)
+            total = total + torch.maximum(*views).relu()
+        result.append(normalise_cam(total)[0] * label[b, :, None, None])
+    return torch.stack(result)
+
+
+def test_multi_scale_cam_equals_the_slow_way(tiny):
+    recipe = tiny("ssepa")
+    network, image = build_network(recipe, CLASSES).eval(), torch.rand(2, 3, 32, 48) * 255
+    with torch.no_grad():
+        torch.nn.init.normal_(network.haaf.mlp[2].weight)
+        cams = multi_scale_cam(network, image, LABEL, recipe.cam, affinity=True)
+        torch.testing.assert_close(cams.cam, slow(network, image, LABEL, recipe.cam, False), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(cams.refined, slow(network, image, LABEL, recipe.cam, True), rtol=1e-3, atol=1e-4)
+    assert cams.best is cams.refined
+
+
+def test_a_shared_first_pass_changes_nothing(tiny):
+    for method, affinity in (("toco", False), ("ssepa", True)):
+        recipe = tiny(method, **{"affinity.auxiliary": affinity})
+        network, image = build_network(recipe, CLASSES).eval(), torch.rand(2, 3, 32, 32) * 255
+        alone = multi_scale_cam(network, image, LABEL, recipe.cam, affinity=affinity)
+        first = network(image, affinity=affinity)
+        shared = multi_scale_cam(network, image, LABEL, recipe.cam, affinity=affinity, first=first)
+        for name in ("cam", "aux_cam", "refined") if affinity else ("cam", "aux_cam"):
+            torch.testing.assert_close(getattr(alone, name), getattr(shared, name))
+
+
+def test_refining_the_auxiliary_map_is_a_switch(tiny):
+    image, maps = torch.rand(1, 3, 32, 32) * 255, []
+    for auxiliary in (False, True):
+        recipe = tiny("ssepa", **{"affinity.auxiliary": auxiliary})
+        network = build_network(recipe, CLASSES).eval()
+        maps.append(multi_scale_cam(network, image, LABEL[:1], recipe.cam, affinity=True).aux_cam)
+    assert not torch.allclose(*maps)
+
+
+def test_maps_lie_in_the_unit_interval_and_absent_classes_are_zero(tiny):
+    recipe = tiny()
+    network, image = build_network(recipe, CLASSES).eval(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    cam = multi_scale_cam(network, image, LABEL, recipe.cam).cam
+    assert cam.min() == 0 and 0.99 < cam.max() <= 1
+    assert (cam.amax((2, 3)) > 0).equal(LABEL > 0)
+
+
+def test_an_image_without_any_class_has_empty_maps(tiny):
+    recipe = tiny()
+    network = build_network(recipe, CLASSES).eval()
+    cam = multi_scale_cam(network, torch.rand(1, 3, 32, 32) * 255, torch.zeros(1, 4), recipe.cam).cam
+    assert cam.shape == (1, 4, 32, 32) and not cam.any()
+
+
+def test_normalise_and_threshold_by_hand():
+    cam = torch.tensor([[[[1.0, 3.0], [5.0, 1.0]], [[0.0, 0.0], [0.0, 8.0]]]])
+    unit = normalise_cam(cam)
+    torch.testing.assert_close(unit[0, 0], torch.tensor([[0.0, 0.5], [1.0, 0.0]]), rtol=0, atol=1e-4)
+    assert cam_to_label(unit, 0.6).tolist() == [[[0, 0], [1, 2]]]
+    assert cam_to_label(unit, 0.4).tolist() == [[[0, 1], [1, 2]]]
+    assert not valid_cam(unit, torch.tensor([[1.0, 0.0]]))[0, 1].any()
