@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root
@@ -132,13 +132,14 @@ def _environment(**values: str):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _engine(on_cell: Callable[[int, int], None]) -> str:
-    """Register a papermill engine that tells which cell runs; returns its name."""
+def _engine(on_cell: Callable[[int, int], None], errors: IO[bytes]) -> str:
+    """Register a papermill engine that tells which cell runs and keeps the kernels' own messages off the terminal."""
+    from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, **_):
             cell_start = nb_man.cell_start
 
             def start(cell, cell_index=None, **more):
@@ -146,7 +147,8 @@ def _engine(on_cell: Callable[[int, int], None]) -> str:
                 return cell_start(cell, cell_index, **more)
 
             nb_man.cell_start = start
-            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout)
+            client.execute(stderr=errors)
 
     papermill_engines.register("ssepa-workbook", Engine)
     return "ssepa-workbook"
@@ -177,9 +179,11 @@ def _run_all(chosen: Sequence[Notebook], values: Mapping[str, dict], folder: Pat
     write_kernel_spec(scratch / "kernels" / "ssepa-workbook")  # this very interpreter, whatever else is installed
     logging.getLogger("papermill").setLevel(logging.ERROR)
     display = Display([n.name for n in chosen], scratch / "progress.json")
-    engine, failures = _engine(display.at_cell), {}
+    failures: dict[str, str] = {}
     kernels = os.pathsep.join(filter(None, (str(scratch), os.environ.get("JUPYTER_PATH"))))
-    with _environment(JUPYTER_PATH=kernels, **{PROGRESS: str(display.progress)}), display.show():
+    environment = _environment(JUPYTER_PATH=kernels, **{PROGRESS: str(display.progress)})
+    with environment, (scratch / "kernels.log").open("wb") as errors, display.show():
+        engine = _engine(display.at_cell, errors)
         for notebook in chosen:
             broken = [name for name in notebook.needs if name in failures]
             if broken:
@@ -214,8 +218,10 @@ def run_workbook(
         0, or 1 when a notebook failed. Trainings that were cut short go on from their checkpoint in the next run.
 
     Raises:
-        UserError: unknown preset, notebook or parameter, wrong type, broken notebook file.
+        UserError: unknown preset, notebook or parameter, wrong type, broken notebook file, missing data.
     """
+    from ssepa_lib.datasets import build_dataset
+    from ssepa_lib.recipe import load_recipe
     from ssepa_lib.report import headline, write_report
 
     presets = sorted(path.stem for path in (RECIPES / "data").glob("*.yaml"))
@@ -225,6 +231,7 @@ def run_workbook(
     if not chosen:
         raise UserError(f"none of --only {' '.join(only)} comes at or after --from {start}; drop one of the two.")
     values = check_parameters(chosen, {**(parameters or {}), "preset": preset})
+    build_dataset(load_recipe(f"{preset}/toco").data, "val")  # missing data is told now, not by the first notebook
     root = (Path(results) if results else results_root()).resolve()
     folder = root / preset / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +240,7 @@ def run_workbook(
         failures = _run_all(chosen, values, folder, Path(scratch))
     index = write_report(root / preset)
     print(f"\n{headline(root / preset)}\n")
-    print(f"{len(chosen) - len(failures)} of {len(chosen)} notebooks ran, {clock(time.time() - began)} min.")
+    print(f"{len(chosen) - len(failures)} of {len(chosen)} notebooks ran in {clock(time.time() - began)} min.")
     for reason in failures.values():
         print(f"  {reason}")
     print(f"Report: {index}\nExecuted notebooks: {folder}\nFigures: {root / preset / 'figures'}")

@@ -1,30 +1,45 @@
 """Runs in their places: where a run lies, train and evaluate it once, compare methods over seeds (SS-EPA, Table 3)."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssepa_lib.affinity import PatchAffinity
+from ssepa_lib.analysis import affinity_map_bytes, peak_memory, saved_activation_bytes
+from ssepa_lib.backbone import BackboneOutput
 from ssepa_lib.datasets import SegmentationDataset, build_dataset
-from ssepa_lib.device import resolve_device
+from ssepa_lib.device import describe_device, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import evaluate, write_metrics
+from ssepa_lib.evaluation import PRODUCTS, SEGMENTATION, evaluate, write_metrics
 from ssepa_lib.network import Network
 from ssepa_lib.paths import results_root
 from ssepa_lib.recipe import Recipe, load_recipe
-from ssepa_lib.training import OnStep, is_finished, load_run, train
+from ssepa_lib.training import OnStep, load_run, train
 
-# mIoU %, VOC 2012: SS-EPA, Table 3
-PUBLISHED_TABLE_3 = pd.DataFrame(
-    [("toco", 77.3, 71.1, 72.2), ("ssepa_no_affinity", 76.2, 71.3, 71.6),
-     ("ssepa_affinity", 79.0, 71.9, 72.7), ("ssepa", 79.5, 72.4, 73.3)],
-    columns=["method", "pseudo-label, train", "segmentation, val", "segmentation, test"],
-).set_index("method")  # fmt: skip
+
+def environment(device: torch.device | str) -> str:
+    """Versions and device in one line."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "numpy"))
+    return f"Python {platform.python_version()}, {packages}; {describe_device(resolve_device(str(device)))}"
+
+
+def preset_folder(preset: str) -> Path:
+    """`<results>/<preset>`, with the folders `figures` and `tables` made in it."""
+    folder = results_root() / preset
+    for name in ("figures", "tables"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> Path:
@@ -40,19 +55,24 @@ def recipe_for(preset: str, method: str, *, steps: int = 0, seed: int = 0, devic
 
 
 def open_run(
-    preset: str, method: str, seed: int = 0, run_name: str = "", device: str = "auto"
-) -> tuple[Network, Recipe, Path]:
-    """A finished run of notebook 03: network, recipe, folder.
+    preset: str, method: str, seed: int = 0, run_name: str = "", device: str = "auto", steps: int = 0
+) -> tuple[Network, Recipe]:
+    """Network and recipe of a finished run of notebook 03.
+
+    Args:
+        steps: length that the run must have; 0: any.
 
     Raises:
         UserError: it is not there; says what to run.
     """
     folder = run_folder(preset, method, seed, run_name)
+    command = f"run notebook 03_training first (python -m ssepa_lib workbook --preset {preset} --only 03)"
     if not (folder / "weights.safetensors").is_file():
-        command = f"python -m ssepa_lib workbook --preset {preset} --only 03"
-        raise UserError(f"there is no finished run in {folder}; run notebook 03_training first with the same preset, "
-                        f"seed and run_name ({command}).")  # fmt: skip
-    return *load_run(folder, device), folder
+        raise UserError(f"there is no finished run in {folder}; {command}.")
+    network, recipe = load_run(folder, device)
+    if steps and steps != recipe.train.steps:
+        raise UserError(f"{folder} holds a run of {recipe.train.steps} steps, not {steps}; {command}.")
+    return network, recipe
 
 
 def split_of(recipe: Recipe, split: str = "val", images: int = 0) -> SegmentationDataset:
@@ -81,63 +101,52 @@ def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: s
     dataset = split_of(recipe, split, images)
     path = folder / "metrics.json"
     known = json.loads(path.read_text()).get(dataset.split) if path.is_file() else None
-    key = {"recipe_hash": recipe.hash(), "images": len(dataset), "size": recipe.data.eval_size,
-           "cam_scales": options.get("cam_scales", "raw")}  # fmt: skip
-    if known and key.items() <= known["setting"].items() and set(options.get("products", ())) <= set(known["miou"]):
+    key = {"recipe_hash": recipe.hash(), "images": len(dataset), "size": recipe.data.eval_size}
+    key |= {name: options[name] for name in ("cam_scales",) if name in options}
+    if known and key.items() <= known["setting"].items() and _wanted(options) <= set(known["miou"]):
         return known
     result = evaluate(network, recipe, dataset, device=resolve_device(device), **options)
     write_metrics(folder, dataset.split, result)
     return result
 
 
-def _place(recipe: Recipe, preset: str, method: str, run_name: str) -> Path:
-    """Where a run of the study lies: the folder of notebook 03 if it holds this very recipe, else one of its own."""
-    seed = recipe.train.seed
-    main = run_folder(preset, method, seed, run_name)
-    return main if is_finished(recipe, main) else results_root() / preset / "study" / f"seed{seed}-{recipe.hash()}"
+def _wanted(options: Mapping[str, Any]) -> set[str]:
+    """The products that `evaluate` would return for its options."""
+    products, modes = set(options.get("products", PRODUCTS)), options.get("segmentation", "raw")
+    modes = {modes} if isinstance(modes, str) else set(modes)
+    return (products - {"segmentation"}) | {SEGMENTATION[mode] for mode in modes if "segmentation" in products}
 
 
 def run_study(preset: str, methods: Sequence[str], seeds: Sequence[int], *, splits: Mapping[str, dict], steps: int = 0,
-              device: str = "auto", run_name: str = "", progress: Callable[[str], OnStep] | None = None,
-              ) -> pd.DataFrame:  # fmt: skip
+              device: str = "auto", run_name: str = "", changes: Mapping[str, Any] | None = None,
+              progress: Callable[[str], OnStep] | None = None) -> pd.DataFrame:  # fmt: skip
     """Train and evaluate every method with every seed; what is there already is read, what was cut short goes on.
 
-    Runs are kept by recipe hash, so methods that are the same recipe share one run.
+    Methods that are the same recipe under two names share one run.
 
     Args:
         splits: split → options of `evaluate_run` (images, products, …).
+        changes: further recipe overrides, for every run.
         progress: makes the `on_step` callback of a training from its label.
 
     Returns:
-        One row per method, seed and split: method, seed, split, images, run and one mIoU column (percent) per product.
+        One row per method, seed and split, in the columns of `tables.collect_runs`.
     """
     rows = []
     for seed in seeds:
+        folders: dict[str, Path] = {}  # by recipe hash
         for method in methods:
-            recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device)
-            folder = _place(recipe, preset, method, run_name)
-            train(recipe, folder, on_step=progress(f"{method}, seed {seed}") if progress else None)
+            recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device, changes=changes)
+            folder = folders.setdefault(recipe.hash(), run_folder(preset, method, seed, run_name))
+            train(recipe, folder, on_step=progress(folder.name) if progress else None)
             for split, options in splits.items():
                 result = evaluate_run(folder, split, device=device, **options)
-                rows.append({"method": method, "seed": seed, "split": split, "images": result["setting"]["images"],
-                             "run": folder.name, **result["miou"]})  # fmt: skip
+                setting = result["setting"] | {"method": method}
+                plain = {name: value for name, value in setting.items() if name != "products"}
+                row = {"run": folder.name, "preset": preset, "variant": run_name, **plain, **result["miou"]}
+                row["mean_average_precision"] = result["mean_average_precision"]
+                rows.append(row | {"settings": setting})
     return pd.DataFrame(rows)
-
-
-def compare(table: pd.DataFrame, split: str, product: str, baseline: str) -> pd.DataFrame:
-    """Mean and sd over seeds of one product on one split, and the same of the difference to the baseline, seed by seed.
-
-    Args:
-        table: from `run_study`.
-
-    Returns:
-        Index method; columns mean, sd, difference, difference_sd (percentage points), seeds. Sd is NaN for one seed.
-    """
-    values = table[table["split"] == split].pivot(index="seed", columns="method", values=product).astype(float)
-    difference = values.sub(values[baseline], axis=0)
-    result = pd.DataFrame({"mean": values.mean(), "sd": values.std(), "difference": difference.mean(),
-                           "difference_sd": difference.std(), "seeds": values.count()})  # fmt: skip
-    return result.reindex(list(dict.fromkeys(table["method"])))
 
 
 class LayerWeights(nn.Module):
@@ -151,30 +160,64 @@ class LayerWeights(nn.Module):
         return self.weights.expand_as(descriptor)
 
 
-def refined_miou(network: Network, recipe: Recipe, dataset: SegmentationDataset, device: torch.device | str,
-                 weights: Tensor | None = None, **affinity: Any) -> float:  # fmt: skip
-    """mIoU (percent) of the refined CAM of a trained network under another affinity, without training again.
+@contextmanager
+def other_affinity(
+    network: Network, recipe: Recipe, weights: Tensor | None = None, **changes: Any
+) -> Iterator[tuple[Network, Recipe]]:
+    """A trained network under another affinity for a while: by default the uniform mean of all layers.
 
     Args:
         weights: fixed layer weights [K]; None: uniform, or the trained HAAF with `kind="haaf"`.
-        affinity: fields of `AffinityConfig` to change (kind, source, steps, …).
+        changes: fields of `AffinityConfig` (kind, source, steps, …).
     """
-    config = replace(recipe.affinity, **{"kind": "mean", "supervision": "none"} | affinity)
+    config = replace(recipe.affinity, **{"kind": "mean", "supervision": "none"} | changes)
     before = network.affinity_config, network.haaf
     network.affinity_config = config
-    if config.kind == "mean":
-        network.haaf = None if weights is None else LayerWeights(weights).to(device)
+    if config.kind != "haaf":
+        network.haaf = None if weights is None else LayerWeights(weights).to(network.classifier.weight.device)
     try:
-        result = evaluate(network, replace(recipe, affinity=config), dataset, device=device, products=("refined_cam",))
+        yield network, replace(recipe, affinity=config)
     finally:
         network.affinity_config, network.haaf = before
-    return result["miou"]["refined_cam"]
 
 
-def single_layers(
-    network: Network, recipe: Recipe, dataset: SegmentationDataset, device: torch.device | str
-) -> pd.Series:
+def refined_miou(network: Network, recipe: Recipe, dataset: SegmentationDataset, **affinity: Any) -> float:
+    """mIoU (percent) of the CAM under another affinity (see `other_affinity`; `kind="none"`: as it is)."""
+    with other_affinity(network, recipe, **affinity) as (changed, changed_recipe):
+        product = "cam" if changed_recipe.affinity.kind == "none" else "refined_cam"
+        device = network.classifier.weight.device
+        return evaluate(changed, changed_recipe, dataset, device=device, products=(product,))["miou"][product]
+
+
+def single_layers(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.Series:
     """mIoU (percent) of the CAM refined by one layer at a time, index layer."""
     depth = network.backbone.depth
     weights = depth * torch.eye(depth)
-    return pd.Series({k: refined_miou(network, recipe, dataset, device, weights[k]) for k in range(depth)}, name="mIoU")
+    return pd.Series({k: refined_miou(network, recipe, dataset, weights=weights[k]) for k in range(depth)}, name="mIoU")
+
+
+def samples(dataset: SegmentationDataset, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Some images to look at: pictures [n, 3, side, side] in 0..255, labels [n, C], masks uint8 [side, side]."""
+    items = [dataset[i] for i in indices]
+    pictures = [F.interpolate(item.image[None].float(), (side, side), mode="bilinear") for item in items]
+    masks = [F.interpolate(item.mask[None, None].float(), (side, side))[0, 0].byte() for item in items]
+    return torch.cat(pictures), torch.stack([item.label for item in items]), masks
+
+
+def affinity_memory(tokens: BackboneOutput, cam: Tensor, strategy: str) -> dict[str, float]:
+    """Memory of applying the affinity of captured tokens to maps [B, N, C], in MB of 10⁶ bytes.
+
+    Returns:
+        `stacked maps, MB` (formula), `peak, MB` (without gradient, as in training) and `kept for gradient, MB` (what
+        autograd would save if a gradient passed through the maps).
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages drown a notebook
+    heads, device = tokens.queries[0].shape[1], cam.device
+    maps = affinity_map_bytes(len(cam), cam.shape[1] + tokens.prefix, len(tokens.queries), heads, strategy)
+
+    def apply(gradient: bool) -> Tensor:
+        queries, keys = ([t.detach().requires_grad_(gradient) for t in side] for side in (tokens.queries, tokens.keys))
+        return PatchAffinity(queries, keys, tokens.prefix, strategy=strategy) @ cam
+
+    peak, kept = peak_memory(lambda: apply(False), device), saved_activation_bytes(lambda: apply(True))
+    return {"stacked maps, MB": maps / 1e6, "peak, MB": peak / 1e6, "kept for gradient, MB": kept / 1e6}

@@ -93,6 +93,14 @@ def test_bad_input_runs_nothing(folder, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_missing_data_is_told_before_anything_runs(folder, tmp_path, monkeypatch):
+    write(folder, "00_a")
+    monkeypatch.setenv("VOC_ROOT", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        run_workbook("voc_mini", notebooks=folder, results=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
 def test_run(folder, tmp_path, capfd):
     """Overrides arrive; a failure keeps its copy, stops what depends on it and nothing else; exit status 1."""
     record = "import os, pathlib\n"
@@ -103,15 +111,15 @@ def test_run(folder, tmp_path, capfd):
     write(folder, "03_later", record.format("later"), needs=["02_after"])
     write(folder, "04_other", record.format("other"), needs=["00_good"])
     results = tmp_path / "results"
-    assert run_workbook("voc_mini", parameters={"steps": "5", "lr": "6e-5"}, results=results, notebooks=folder) == 1
-    assert (results / "good").read_text() == (results / "other").read_text() == "('voc_mini', 5, 6e-05)"
+    assert run_workbook("shapes", parameters={"steps": "5", "lr": "6e-5"}, results=results, notebooks=folder) == 1
+    assert (results / "good").read_text() == (results / "other").read_text() == "('shapes', 5, 6e-05)"
     assert not (results / "after").exists() and not (results / "later").exists()
-    copy = nbformat.read(results / "voc_mini" / "notebooks" / "01_bad.ipynb", as_version=4)
+    copy = nbformat.read(results / "shapes" / "notebooks" / "01_bad.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in copy.cells for o in c.get("outputs", []))
     printed = capfd.readouterr().out
     assert "01_bad, cell In [4]: ZeroDivisionError: division by zero" in printed
     assert "02_after: skipped" in printed and "03_later: skipped" in printed and "[5/5] 04_other: done" in printed
-    report = results / "voc_mini" / "report"
+    report = results / "shapes" / "report"
     index = (report / "index.html").read_text()
     assert "Title of 04_other" in index and "failed" in index and (report / "00_good.html").exists()
 

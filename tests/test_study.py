@@ -1,0 +1,104 @@
+"""Runs in their places, on a ViT of two layers and width 32."""
+
+import pandas as pd
+import pytest
+import torch
+
+from ssepa_lib import study
+from ssepa_lib.errors import UserError
+from ssepa_lib.tables import paired_differences, table_3
+from ssepa_lib.training import load_run
+
+TINY = {
+    "data.crop": 32, "data.eval_size": 32, "data.batch": 2, "data.train_images": 4, "contrast.local_size": 16,
+    "contrast.local_crops": 2, "model.weights": "none", "model.aux_block": 0, "cam.par_dilations": [1, 2],
+    "model.backbone_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "train.device": "cpu",
+}  # fmt: skip
+METHODS = ["toco", "ssepa_no_affinity", "ssepa"]
+SPLITS = {"train": {"images": 4, "products": ("pseudo_label",)}, "val": {"images": 4}}
+
+
+@pytest.fixture(scope="module")
+def study_runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSEPA_RESULTS", str(tmp_path_factory.mktemp("results")))
+        yield study.run_study("shapes", METHODS, [0, 1], splits=SPLITS, steps=2, changes=TINY)
+
+
+def test_rows(study_runs):
+    assert len(study_runs) == len(METHODS) * 2 * len(SPLITS)
+    assert set(study_runs["images"]) == {4} and set(study_runs["steps"]) == {2}
+    val = study_runs[study_runs["split"] == "val"]
+    assert val["segmentation"].notna().all()
+    assert val.set_index("method")["refined_cam"].notna().groupby(level=0).all().to_dict() == {
+        "ssepa": True, "ssepa_no_affinity": False, "toco": False,
+    }  # fmt: skip
+    table = table_3(study_runs)
+    assert (table["source"] != "published").sum() == len(METHODS)
+
+
+def test_one_recipe_under_two_names_is_one_run(study_runs):
+    folders = study_runs.groupby(["method", "seed"])["run"].first()
+    assert folders["ssepa_no_affinity", 1] == folders["toco", 1] == "toco-seed1"
+    differences = paired_differences(study_runs[study_runs["split"] == "val"], "method", "toco", ["segmentation"])
+    assert differences.set_index("method").loc["ssepa_no_affinity", "segmentation"] == 0
+
+
+def test_a_second_call_reads_what_is_there(study_runs):
+    folder = study.run_folder("shapes", "ssepa", 0)
+    files = [folder / name for name in ("weights.safetensors", "metrics.json", "history.csv")]
+    before = [path.stat().st_mtime_ns for path in files]
+    again = study.run_study("shapes", METHODS, [0, 1], splits=SPLITS, steps=2, changes=TINY)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    pd.testing.assert_frame_equal(again.drop(columns="settings"), study_runs.drop(columns="settings"))
+
+
+def test_another_setting_is_evaluated_again(study_runs):
+    folder = study.run_folder("shapes", "ssepa", 1)
+    assert study.evaluate_run(folder, images=3, device="cpu")["setting"]["images"] == 3
+    more = study.evaluate_run(folder, images=3, device="cpu", segmentation=("raw", "ms"))
+    assert {"segmentation", "segmentation_ms"} <= set(more["miou"])
+    assert study.evaluate_run(folder, images=3, device="cpu") == more, "a result with more in it serves as well"
+
+
+def test_opening_a_run(study_runs):
+    network, recipe = study.open_run("shapes", "toco", 1, device="cpu", steps=2)
+    assert recipe.train.seed == 1 and not network.training
+    with pytest.raises(UserError, match="fsr-seed0; run notebook 03_training"):
+        study.open_run("shapes", "fsr", device="cpu")
+    with pytest.raises(UserError, match="run of 2 steps, not 300"):
+        study.open_run("shapes", "toco", device="cpu", steps=300)
+
+
+def test_another_affinity_for_a_while(study_runs):
+    network, recipe = load_run(study.run_folder("shapes", "ssepa", 0), "cpu")
+    image = torch.rand(1, 3, 32, 32) * 255
+    haaf, config = network.haaf, network.affinity_config
+    first = torch.tensor([2.0, 0.0])
+    with study.other_affinity(network, recipe, weights=first, steps=2) as (changed, changed_recipe):
+        affinity = changed(image, affinity=True).affinity
+        assert torch.equal(affinity.weights[0], first) and affinity.steps == changed_recipe.affinity.steps == 2
+    assert network.haaf is haaf and network.affinity_config is config
+    dataset = study.split_of(recipe, "val", 4)
+    alone = study.single_layers(network, recipe, dataset)
+    assert list(alone.index) == [0, 1]
+    assert alone[0] == study.refined_miou(network, recipe, dataset, weights=first)
+    assert study.refined_miou(network, recipe, dataset, kind="none") >= 0
+
+
+def test_memory_of_the_strategies_is_ordered(study_runs):
+    network, _ = load_run(study.run_folder("shapes", "ssepa", 0), "cpu")
+    with torch.no_grad():
+        tokens = network.backbone(torch.rand(1, 3, 160, 160) * 255, capture=True)
+    cam = torch.rand(1, 400, 6)
+    memory = {s: study.affinity_memory(tokens, cam, s) for s in ("all_heads", "haaf_dense", "haaf_fused")}
+    assert memory["all_heads"]["stacked maps, MB"] == pytest.approx(2 * 2 * 401**2 * 4 / 1e6)
+    peaks = [row["peak, MB"] for row in memory.values()]
+    assert peaks == sorted(peaks, reverse=True) and peaks[2] < peaks[0] / 4
+
+
+def test_samples_have_one_size(study_runs):
+    _, recipe = load_run(study.run_folder("shapes", "ssepa", 0), "cpu")
+    pictures, labels, masks = study.samples(study.split_of(recipe, "val", 4), [0, 3], 40)
+    assert pictures.shape == (2, 3, 40, 40) and labels.shape == (2, 6) and masks[1].shape == (40, 40)
