@@ -187,7 +187,7 @@ def render_scene(split: str, index: int, size: int = 128, seed: int = 0) -> tupl
     mask = np.zeros((height, width), np.uint8)
     placed: list = []
     for kind in kinds:
-        radius = size * rng.uniform(0.22, 0.32) / len(kinds) ** 0.2
+        radius = size * rng.uniform(0.3, 0.42) / len(kinds) ** 0.25
         centre = _place(rng, height, width, radius, placed)
         _creature(rng, image, mask, int(kind), centre, radius)
         placed.append((centre, radius))
@@ -209,5 +209,5 @@ def render_object(index: int, size: int = 96, seed: int = 0) -> tuple[np.ndarray
     kind = int(rng.integers(len(SHAPE_CLASSES)))
     image = _background(rng, rng.integers(len(BACKGROUNDS)), size, size)
     centre = size * rng.uniform(0.42, 0.58, 2)
-    _creature(rng, image, np.zeros((size, size), np.uint8), kind, centre, size * rng.uniform(0.26, 0.4))
+    _creature(rng, image, np.zeros((size, size), np.uint8), kind, centre, size * rng.uniform(0.28, 0.45))
     return _finish(rng, image), kind
