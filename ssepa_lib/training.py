@@ -119,7 +119,8 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
 
-def _atomic(path: Path, write: Callable[[Path], None]) -> None:
+def atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place, then rename it: readers never see half of it."""
     part = path.with_name(path.name + ".part")
     write(part)
     part.replace(path)
@@ -148,7 +149,7 @@ class _History:
         self.sums, self.count = {}, 0
         self.rows.append(row)
         names = list(dict.fromkeys(name for r in self.rows for name in r))
-        _atomic(self.path, lambda part: self._write(part, names))
+        atomic(self.path, lambda part: self._write(part, names))
         return row
 
     def _write(self, part: Path, names: list[str]) -> None:
@@ -162,7 +163,7 @@ def save_weights(network: nn.Module, recipe: Recipe, path: Path, step: int) -> N
     """Write the network's weights with its class names, recipe hash and step in the file's metadata."""
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     metadata = {"classes": json.dumps(network.classes), "recipe": recipe.hash(), "step": str(step)}
-    _atomic(path, lambda part: save_file(state, part, metadata))
+    atomic(path, lambda part: save_file(state, part, metadata))
 
 
 def _prepare(recipe: Recipe, run_dir: Path, resume: bool) -> dict[str, Any] | None:
@@ -179,7 +180,7 @@ def _prepare(recipe: Recipe, run_dir: Path, resume: bool) -> dict[str, Any] | No
             (run_dir / name).unlink(missing_ok=True)
     elif old.is_file() and load_recipe(str(old)).hash() != recipe.hash():
         raise UserError(f"{run_dir} holds a run of another recipe; choose another run name or remove that folder.")
-    _atomic(old, lambda part: save_recipe(recipe, part))
+    atomic(old, lambda part: save_recipe(recipe, part))
     if not state.is_file():
         return None
     try:
@@ -255,7 +256,7 @@ def _loop(trainer: Trainer, dataset: Any, run_dir: Path, rank: int, on_step: OnS
                 left = (time.perf_counter() - began) / (done - start) * (recipe.train.steps - done)
                 on_step({**row, "steps": recipe.train.steps, "seconds_left": left})
         if done % recipe.train.save_every == 0 or last:
-            _atomic(run_dir / "state.pt", lambda part: torch.save(trainer.state_dict(), part))
+            atomic(run_dir / "state.pt", lambda part: torch.save(trainer.state_dict(), part))
 
 
 def _launch(device: torch.device) -> tuple[int, int, torch.device]:

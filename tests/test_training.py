@@ -147,7 +147,7 @@ def test_two_processes_have_the_gradient_of_one(tiny, tmp_path):
     )
     from ssepa_lib.recipe import save_recipe
 
-    recipe = tiny("ssepa_affinity", **{"data.batch": 4, "train.steps": 3, "losses.switch": 0.0, "optim.warmup": 0.0})
+    recipe = tiny("ssepa_affinity", **{"data.batch": 4, "train.steps": 1, "losses.switch": 0.0, "optim.warmup": 0.0})
     save_recipe(recipe, tmp_path / "recipe.yaml")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
