@@ -1,0 +1,79 @@
+import pytest
+
+from ssepa_lib.cli import main
+from ssepa_lib.recipe import save_recipe
+
+
+@pytest.fixture
+def run(tiny, tmp_path, monkeypatch, capsys):
+    """A small finished run, made by the command line itself."""
+    monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path / "results"))
+    save_recipe(tiny("ssepa"), tmp_path / "small.yaml")
+    assert main(["train", str(tmp_path / "small.yaml"), "--run", "mine"]) == 0
+    assert "step 6/6" in capsys.readouterr().out
+    return tmp_path / "results" / "small" / "mine"
+
+
+def test_train_evaluate_predict_and_pseudo_labels(run, tmp_path, capsys):
+    from PIL import Image
+
+    from ssepa_lib.shapes import render_scene
+
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {"cam", "aux_cam", "refined_cam", "pseudo_label", "segmentation"}
+    assert all("seed 0" in line for line in lines)
+    (tmp_path / "mine").mkdir()
+    image, _ = render_scene("test", 0)
+    Image.fromarray(image).save(tmp_path / "mine" / "a.png")
+    out = tmp_path / "out"
+    assert main(["predict", str(run), "--images", str(tmp_path / "mine"), "--out", str(out), "--inference", "raw"]) == 0
+    with Image.open(out / "a.png") as mask:
+        assert mask.size == image.shape[1::-1] and mask.mode == "P"
+    assert main(["pseudo-labels", str(run), "--split", "val", "--out", str(tmp_path / "labels")]) == 0
+    assert len(list((tmp_path / "labels").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["train", "shapes/none_such"], "none_such"),
+        (["train", "shapes/toco", "--set", "train.stepz=1"], "stepz"),
+        (["train", "shapes/toco", "--set", "nonsense"], "NAME=VALUE"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["train", "voc/toco", "--set", "data.root=nowhere"], "nowhere"),
+        (["predict", "nowhere", "--images", "x", "--out", "y"], "nowhere"),
+        (["submission", "absent.tgz", "--check"], ""),
+        (["workbook", "--preset", "none_such"], "none_such"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path))
+    monkeypatch.setenv("VOC_ROOT", str(tmp_path / "no-voc"))
+    monkeypatch.setenv("SSEPA_WEIGHTS", str(tmp_path / "no-weights"))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and word in error
+    assert not list(tmp_path.rglob("weights.safetensors"))
+
+
+def test_recipe_prints_what_a_recipe_file_reads(tmp_path, capsys):
+    assert main(["recipe", "voc/ssepa", "--set", "train.steps=7"]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert main(["recipe", str(tmp_path / "again.yaml")]) == 0
+    assert "steps: 7" in capsys.readouterr().out
+    assert main(["recipe"]) == 0
+    assert "ssepa_affinity" in capsys.readouterr().out
+
+
+def test_help_of_every_command(capsys):
+    for command in ("workbook", "train", "evaluate", "predict", "pseudo-labels", "submission", "data", "recipe", "tables",
+                    "bench", "pretrain"):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_verify_lists_what_is_missing(tmp_path, capsys):
+    assert main(["data", "verify", "voc", "--root", str(tmp_path)]) == 1
+    assert "missing: JPEGImages: 0 of 17125 found" in capsys.readouterr().out
