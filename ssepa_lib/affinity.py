@@ -50,8 +50,9 @@ class PatchAffinity:
     """
 
     def __init__(
-        self, queries: list[Tensor], keys: list[Tensor], prefix: int, *, weigh: Callable[[Tensor], Tensor] | None = None,
-        source: str = "softmax", strategy: str = "haaf_fused", descriptor: str = "patch", steps: int = 1,
+        self, queries: list[Tensor], keys: list[Tensor], prefix: int, *,
+        weigh: Callable[[Tensor], Tensor] | None = None, source: str = "softmax", strategy: str = "haaf_fused",
+        descriptor: str = "patch", steps: int = 1,
     ):  # fmt: skip
         self.queries, self.keys, self.prefix = queries, keys, prefix
         self.weigh, self.source, self.strategy, self.pooling, self.steps = weigh, source, strategy, descriptor, steps
@@ -151,7 +152,8 @@ class PatchAffinity:
         p = self.prefix
         if self.strategy == "haaf_fused":  # one layer at a time: for viewing, within O(N²)
             weights = self.weights
-            return sum(weights[:, k, None, None] * self._map(k).mean(1)[:, p:, p:] for k in range(len(self))) / len(self)
+            maps = (weights[:, k, None, None] * self._map(k).mean(1)[:, p:, p:] for k in range(len(self)))
+            return sum(maps) / len(self)
         maps = self._stack()
         weights = self._resolve(self._pool(maps))
         return torch.einsum("bk,bkij->bij", weights, maps)[:, p:, p:] / len(self)

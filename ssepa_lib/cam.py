@@ -1,4 +1,4 @@
-"""Class activation maps: multi-scale, mirrored, optionally refined by the patch affinity (ToCo, Section 3.2; SS-EPA, Eq. 7)."""
+"""Class activation maps: multi-scale, mirrored, refined by the patch affinity (ToCo, Section 3.2; SS-EPA, Eq. 7)."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ def valid_cam(cam: Tensor, label: Tensor) -> Tensor:
 
 
 def cam_to_label(cam: Tensor, background: float) -> Tensor:
-    """Class ids by the maximum of the maps and a constant background score. [B, C, H, W] → [B, H, W], 0 = background."""
+    """Class ids by the maximum of the maps and a constant background score, [B, C, H, W] → [B, H, W]."""
     score, index = cam.max(1)
     return torch.where(score > background, index + 1, 0)
 

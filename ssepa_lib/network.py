@@ -121,16 +121,18 @@ class Network(nn.Module):
         )  # fmt: skip
 
     def patch_affinity(self, queries: list[Tensor], keys: list[Tensor], prefix: int) -> PatchAffinity:
-        """The recipe's affinity over captured queries and keys; a recipe without one gets the uniform mean (for viewing)."""
+        """The recipe's affinity over captured queries and keys; without one, the uniform mean (for viewing)."""
         a = self.affinity_config
         return PatchAffinity(queries, keys, prefix, weigh=self.haaf, source=a.source, strategy=a.strategy,
                              descriptor=a.descriptor, steps=a.steps)  # fmt: skip
 
     def parameter_groups(self, optim: OptimConfig, haaf_lr: float) -> list[dict]:
-        """Groups for the optimiser: backbone at `lr`, all on top of it at `lr·head_lr_factor`, HAAF at a rate of its own."""
+        """Groups for the optimiser: backbone at `lr`, what is on top at `lr·head_lr_factor`, HAAF at its own rate."""
         rates = {"backbone": optim.lr, "haaf": haaf_lr}
-        return [group for name, module in self.named_children()
-                for group in optimiser_groups(module, rates.get(name, optim.lr * optim.head_lr_factor), optim)]  # fmt: skip
+        groups = []
+        for name, module in self.named_children():
+            groups += optimiser_groups(module, rates.get(name, optim.lr * optim.head_lr_factor), optim)
+        return groups
 
 
 def optimiser_groups(module: nn.Module, lr: float, optim: OptimConfig) -> list[dict]:

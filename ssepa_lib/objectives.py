@@ -98,7 +98,7 @@ class PatchTokenContrast(nn.Module):
 
 
 class ClassTokenContrast(nn.Module):
-    """L_ctc (ToCo, Section 3.3): two global and several local views; the teacher is an EMA of the projection head only."""
+    """L_ctc (ToCo, Section 3.3): two global and several local views; the teacher is an EMA of the head only."""
 
     def __init__(self, width: int, recipe: Recipe):
         super().__init__()

@@ -25,5 +25,5 @@ def coco_root() -> Path:
 
 
 def weights_root() -> Path:
-    """Folder searched for `<backbone name>.safetensors` before timm downloads: `SSEPA_WEIGHTS`, default `data/weights`."""
+    """Folder searched for `<backbone>.safetensors` before timm downloads: `SSEPA_WEIGHTS`, default `data/weights`."""
     return Path(os.environ.get("SSEPA_WEIGHTS") or PROJECT / "data" / "weights")

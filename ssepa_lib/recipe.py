@@ -94,7 +94,7 @@ class AffinityConfig:
                 ("none", "cls", "affinity", "energy", "decoder", "equivariance"))  # fmt: skip
         _require(self.steps >= 1, "affinity.steps must be 1 or more.")
         _require(self.supervision == "none" or self.kind == "haaf",
-                 f"affinity.supervision is '{self.supervision}' but affinity.kind is '{self.kind}'; only haaf learns.")  # fmt: skip
+                 f"affinity.supervision '{self.supervision}' needs affinity.kind haaf: only haaf learns.")  # fmt: skip
 
 
 @dataclass
@@ -204,7 +204,7 @@ class TrainConfig:
         _choice("train", "device", self.device, ("auto", "cpu", "cuda"))
         _choice("train", "precision", self.precision, ("auto", "fp32", "bf16"))
         _require(self.steps >= 1, "train.steps must be 1 or more.")
-        _require(self.log_every >= 1 and self.save_every >= 1, "train.log_every and train.save_every must be 1 or more.")
+        _require(min(self.log_every, self.save_every) >= 1, "train.log_every and train.save_every must be 1 or more.")
 
 
 @dataclass
@@ -251,7 +251,7 @@ class Recipe:
         return self.losses.unc > 0 or self.losses.cer > 0
 
     def hash(self) -> str:
-        """Ten hex digits that change whenever the trained result could; logging, loader and evaluation fields do not count."""
+        """Ten hex digits that change whenever the trained result could (not for logging, loading or evaluation)."""
         content = asdict(self)
         content.pop("name"), content.pop("eval")
         content["data"] = {k: v for k, v in content["data"].items() if k not in _NOT_TRAINED}
@@ -298,9 +298,9 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
                 for key, value in source.items():
                     OmegaConf.update(config, key, value, merge=True, force_add=False)
         except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or ""
-            reason = str(error).splitlines()[0]
-            raise UserError(f"recipe '{name}' ({where}): key '{key}': {reason}; see `python -m ssepa_lib recipe {name}`.") from error
+            reason = f"key '{getattr(error, 'full_key', None) or ''}': {str(error).splitlines()[0]}"
+            remedy = f"see `python -m ssepa_lib recipe {name}`"
+            raise UserError(f"recipe '{name}' ({where}): {reason}; {remedy}.") from error
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:

@@ -251,7 +251,7 @@ def _loop(trainer: Trainer, dataset: Any, run_dir: Path, rank: int, on_step: OnS
             row = history.flush(done, trainer.scheduler.get_last_lr()[0])
             if not math.isfinite(row["loss"]):
                 raise UserError(f"the loss is no longer finite at step {done} of {run_dir.name}; lower optim.lr or set "
-                                "train.precision to fp32, then run again: it continues from the last checkpoint.")  # fmt: skip
+                                "train.precision to fp32, and train it again with another run name.")  # fmt: skip
             if on_step:
                 left = (time.perf_counter() - began) / (done - start) * (recipe.train.steps - done)
                 on_step({**row, "steps": recipe.train.steps, "seconds_left": left})
@@ -283,7 +283,7 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[Network, Recipe]:
     run_dir = Path(run_dir)
     weights = run_dir / "weights.safetensors"
     if not weights.is_file():
-        raise UserError(f"{run_dir} holds no finished run; train it first (notebook 03, or `python -m ssepa_lib train`).")
+        raise UserError(f"{run_dir} holds no finished run; train it first (notebook 03 or `python -m ssepa_lib train`)")
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
     try:
         with safe_open(weights, "pt") as file:
@@ -292,5 +292,6 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[Network, Recipe]:
         network = Network(blank, classes)
         network.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{weights} does not fit {run_dir / 'recipe.yaml'} ({str(error).splitlines()[0]}); train again.") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights} does not fit {run_dir / 'recipe.yaml'} ({reason}); train again.") from error
     return network.to(resolve_device(device)).eval(), recipe

@@ -39,7 +39,8 @@ def slow(queries, keys, cam, source, weights, steps=1):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_every_strategy_equals_the_definition(attention, haaf, source, strategy, pooling, steps):
     cam = torch.rand(B, N, C)
-    operator = PatchAffinity(*attention, P, weigh=haaf, source=source, strategy=strategy, descriptor=pooling, steps=steps)
+    options = {"source": source, "strategy": strategy, "descriptor": pooling, "steps": steps}
+    operator = PatchAffinity(*attention, P, weigh=haaf, **options)
     with torch.no_grad():
         refined = operator @ cam
         expected, dense = slow(*attention, cam, source, operator.weights, steps)

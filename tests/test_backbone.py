@@ -11,7 +11,8 @@ ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads
 
 
 def micro(**changes) -> Backbone:
-    return Backbone(ModelConfig(**{"backbone": "vit_tiny_patch16_224", "backbone_args": ARGS, "weights": "none", **changes})).eval()
+    config = {"backbone": "vit_tiny_patch16_224", "backbone_args": ARGS, "weights": "none", **changes}
+    return Backbone(ModelConfig(**config)).eval()
 
 
 def test_tokens_equal_timm(tmp_path):

@@ -16,7 +16,8 @@ def slow(network, image, label, config, affinity):
         for scale in config.scales:
             views = []
             for flip in (False, True):
-                x = F.interpolate(image[b : b + 1], scale_factor=scale, mode="bilinear") if scale != 1 else image[b : b + 1]
+                x = image[b : b + 1]
+                x = F.interpolate(x, scale_factor=scale, mode="bilinear") if scale != 1 else x
                 out = network(x.flip(-1) if flip else x, segment=False, affinity=affinity)
                 cam = out.cam
                 if affinity:
