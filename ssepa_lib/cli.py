@@ -174,6 +174,40 @@ def tables(args: argparse.Namespace) -> int:
     return 0
 
 
+def study(args: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from ssepa_lib import tables as t
+    from ssepa_lib.evaluation import PRODUCTS, SEGMENTATION, describe_setting
+    from ssepa_lib.study import preset_folder, run_study
+
+    options: dict[str, Any] = {"segmentation": ("raw", "ms") if args.ms else ("raw",)}
+    runs = run_study(args.preset, args.methods, args.seeds, splits={split: options for split in args.splits},
+                     steps=args.steps, device=args.device, run_name=args.run_name, changes=_pairs(args.set),
+                     progress=lambda label: print(label, flush=True) or _line_per_row)  # fmt: skip
+    products = [name for name in (*PRODUCTS, *SEGMENTATION.values()) if name in runs and runs[name].notna().any()]
+    products = list(dict.fromkeys(products))
+    folder, text = preset_folder(args.preset) / "tables", []
+    for split, of_split in runs.groupby("split", sort=False):
+        mean, paired = t.summary(of_split, ["method"], products), t.paired_differences(
+            of_split, "method", args.methods[0], products)  # fmt: skip
+        for title, table in ((f"{split}: mIoU, %", mean), (f"{split}: difference from {args.methods[0]}", paired)):
+            cells = {
+                p: [t.plus_minus(m, s, 2) for m, s in zip(table[p], table[f"{p}_sd"], strict=True)] for p in products
+            }
+            text.append(
+                f"## {title}\n\n{t.to_markdown(pd.DataFrame({'method': table.method, 'seeds': table.seeds, **cells}))}"
+            )
+        text.append(
+            f"Setting: {describe_setting(of_split.iloc[0]['settings'], 'cam')}; mean ± sd over seeds {args.seeds}."
+        )
+    name = "-".join(filter(None, ("study", args.run_name)))
+    runs.drop(columns="settings").to_csv(folder / f"{name}.csv", index=False)
+    (folder / f"{name}.md").write_text("\n\n".join(text) + "\n")
+    print("\n\n".join(text), folder / f"{name}.md", sep="\n\n")
+    return 0
+
+
 def bench(args: argparse.Namespace) -> int:
     from ssepa_lib.bench import run_suites
 
@@ -247,6 +281,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(recipe, "show a recipe in full, or list the parts recipes are made of")
     sub.add_argument("name", nargs="?", help="data/method[/backbone]")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+
+    sub = add(study, "train and score several methods with the same seeds; mean, spread and paired differences")
+    sub.add_argument("preset", help="data recipe")
+    sub.add_argument("methods", nargs="+", metavar="METHOD", help="the first is the base of the differences")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    sub.add_argument("--splits", nargs="+", default=["val", "train"], metavar="SPLIT")
+    sub.add_argument("--steps", type=int, default=0, help="length of each training; 0: what the recipe says")
+    sub.add_argument("--ms", action="store_true", help="also segmentation at several scales with mirror")
+    sub.add_argument("--run-name", default="", metavar="NAME", help="added to the folders' names")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every run")
+    device(sub)
 
     sub = add(tables, "print the paper's tables with this workbook's runs beside them")
     sub.add_argument("--preset", default="voc")
