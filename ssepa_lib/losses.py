@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssepa_lib.bilateral import bilateral_filter
 from ssepa_lib.device import over_processes, rank_and_world
 from ssepa_lib.pseudo_labels import IGNORE, inside
 
@@ -78,39 +79,6 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     background = target == 0
     foreground = ~background & (target != IGNORE)
     return 0.5 * sum(over_processes((pixel * side).sum(), side.sum()) for side in (background, foreground))
-
-
-def bilateral_filter(image: Tensor, values: Tensor, sigma_xy: float, sigma_rgb: float, exact: bool = False) -> Tensor:
-    """Σ_j exp(−‖Δxy_ij‖² / 2σ_xy² − ‖Δrgb_ij‖² / 2σ_rgb²) · values_j over all pixels j, i itself included.
-
-    Args:
-        image: [B, 3, H, W], RGB in 0..255.
-        values: [B, K, H, W].
-        sigma_xy, sigma_rgb: in pixels and grey levels.
-        exact: sum over all pairs, in bounded memory.
-
-    Returns:
-        [B, K, H, W], float32, not normalised, without gradient.
-    """
-    b, k, height, width = values.shape
-    grid = torch.meshgrid(*(torch.arange(n, device=image.device) / sigma_xy for n in (height, width)), indexing="ij")
-    position = torch.stack(grid).expand(b, -1, -1, -1)
-    features = torch.cat([position, image.float() / sigma_rgb], 1).flatten(2).mT  # [B, H·W, 5], in units of σ
-    return _all_pairs(features, values.float().flatten(2).mT).mT.unflatten(2, (height, width))
-
-
-def _all_pairs(features: Tensor, values: Tensor) -> Tensor:
-    """Gaussian sums of values [B, P, K] at features [B, P, D], a block of rows at a time."""
-    features = features - features.mean(1, keepdim=True)
-    rows = max(1, 2**24 // values.shape[1])
-    result = torch.empty_like(values)
-    for b, f in enumerate(features):
-        norm = f.square().sum(1) / 2
-        for i in range(0, len(f), rows):
-            block = slice(i, i + rows)
-            kernel = (f[block] @ f.T).sub_(norm).sub_(norm[block, None]).exp_()
-            result[b, block] = kernel @ values[b]
-    return result
 
 
 class _DenseEnergy(torch.autograd.Function):
