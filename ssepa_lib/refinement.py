@@ -60,11 +60,15 @@ class PixelAdaptiveRefinement(nn.Module):
         Returns:
             Refined scores [B, C, H, W], float32, without gradient.
         """
-        scores = scores.float()
-        weights = self.weights(image.float()).unsqueeze(2)  # [B, neighbours, 1, H, W]
+        # a GPU wants the whole batch at once; on a CPU one image at a time stays in the cache
+        size = 1 if scores.device.type == "cpu" else len(scores)
+        pairs = zip(image.float().split(size), scores.float().split(size), strict=True)
+        return torch.cat([self._diffuse(self.weights(i).unsqueeze(2), s) for i, s in pairs])
+
+    def _diffuse(self, weights: Tensor, scores: Tensor) -> Tensor:
         for _ in range(self.iterations):
             refined = torch.zeros_like(scores)
             for k, neighbour in enumerate(self._neighbours(scores)):
-                refined.addcmul_(weights[:, k], neighbour)
+                refined.addcmul_(weights[:, k], neighbour)  # [B, 1, H, W], [B, C, H, W]
             scores = refined
         return scores
