@@ -20,7 +20,11 @@ _STREAMS = {"train": 0, "val": 1, "test": 2, "object": 3}
 _BACKGROUND_RGB = np.array(
     [[104, 132, 92], [92, 120, 146], [178, 162, 130], [132, 132, 134], [150, 112, 100], [112, 98, 130]], np.float32
 )
-_DARK, _LIGHT = np.float32([24, 22, 28]), np.float32([246, 244, 238])
+_DARK, _LIGHT = (24, 22, 28), (246, 244, 238)
+_HEAD_RGB = np.array(  # main and second colour per class
+    [[_LIGHT, _DARK], [_DARK, _LIGHT], [(255, 176, 198), _DARK], [(118, 64, 28), _LIGHT],
+     [(166, 238, 194), _DARK], [(190, 172, 248), _LIGHT]], np.float32
+)  # fmt: skip
 
 
 def _rng(seed: int, stream: str, index: int) -> np.random.Generator:
@@ -98,23 +102,24 @@ def _texture(rng: np.random.Generator, kind: int, x: np.ndarray, y: np.ndarray, 
 
 
 def _head(kind: int, u: np.ndarray, v: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Head pattern of a class over the body's colour, RGB [..., 3]; u, v in head radii."""
+    """Head of a class: its pattern in its own two colours, on the body's colour; RGB [..., 3]; u, v in head radii."""
     radius, angle = np.sqrt(u**2 + v**2), np.arctan2(v, u)
-    rim = radius > 0.82
+    rim = radius > 0.85
     match SHAPE_CLASSES[kind]:
         case "ringlet":
-            light, dark = np.abs(radius - 0.5) < 0.17, rim
+            main, second = np.abs(radius - 0.6) < 0.25, radius < 0.2
         case "crosslet":
-            light, dark = rim, np.minimum(np.abs(u), np.abs(v)) < 0.2
+            main, second = np.minimum(np.abs(u), np.abs(v)) < 0.27, rim
         case "dotlet":
-            light, dark = rim, radius < 0.45
+            main, second = radius < 0.65, rim
         case "barlet":
-            light, dark = np.abs(v) < 0.2, np.abs(np.abs(v) - 0.55) < 0.16
+            main, second = np.abs(v) < 0.35, np.abs(v) > 0.7
         case "checklet":
-            light, dark = u * v > 0, u * v <= 0
+            main, second = u * v > 0, u * v <= 0
         case _:
-            light, dark = (np.cos(6 * angle) > 0.2) & ~rim, radius < 0.3
-    return np.where(dark[..., None], _DARK, np.where(light[..., None], _LIGHT, 0.8 * colour))
+            main, second = (np.cos(5 * angle) > -0.2) & ~rim, radius < 0.25
+    first_colour, second_colour = _HEAD_RGB[kind]
+    return np.where(main[..., None], first_colour, np.where(second[..., None], second_colour, 0.8 * colour))
 
 
 def _creature(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, kind: int,
@@ -123,7 +128,7 @@ def _creature(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, kin
     height, width = mask.shape
     angle = rng.uniform(0, 2 * np.pi)
     half = np.float32([0.82, rng.uniform(0.48, 0.66)]) * radius  # body half axes
-    head = rng.uniform(0.25, 0.31) * radius
+    head = rng.uniform(0.29, 0.36) * radius
     top, left = np.maximum(np.floor(centre - 1.3 * radius).astype(int), 0)
     bottom, right = np.minimum(np.ceil(centre + 1.3 * radius).astype(int), (height, width))
     y = np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(centre[0])
