@@ -4,8 +4,8 @@ The grid (Chen et al. 2007) spans y, x and three colour axes. Values are splatte
 after the other, and sliced at the pixels. Splatting dithers: a pixel goes to a few single nodes, drawn so that on
 average it is spread by a quadratic B-spline; over the thousands of pixels in a sum the draw averages out. Slicing
 interpolates with the same spline in full, because there nothing averages. The blur's variance is that of the Gaussian
-less that of both splines. On VOC images at 224², against the exact sum: gradient of the dense energy within 1 %
-(relative L2 norm per image), its value within 0.6 %.
+less that of both splines. Against the exact sum, 40 VOC images at 224²: gradient of the dense energy 0.7 % off in the
+median, 1.4 % at most (relative L2 norm per image), its value 1.1 % at most.
 """
 
 from functools import partial
