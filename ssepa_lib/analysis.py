@@ -4,18 +4,24 @@ Attention statistics stream over a data set: queries and keys of one batch are k
 image at a time. Activation memory is counted exactly from what autograd saves, beside a formula.
 """
 
+from __future__ import annotations
+
 import json
+import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.network import Network
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
@@ -74,6 +80,8 @@ def attention_statistics(network: Network, batches: Iterable[Tensor], device: to
     Raises:
         UserError: there is no image.
     """
+    import pandas as pd  # here, so that counting memory does not need it
+
     backbone, images, total = network.backbone, 0, None
     training = network.training
     network.eval()
@@ -106,6 +114,8 @@ def deep_summary(statistics: pd.DataFrame) -> pd.Series:
     Spread is the standard deviation between the heads of a layer, mean over the deep layers: what FSR
     claims, deep layers "higher and tighter" with unc.FSR, is a larger `entropy` and a smaller `entropy_spread`.
     """
+    import pandas as pd
+
     layers = deep_layers(int(statistics["layer"].max()) + 1)
     by_layer = statistics[statistics["layer"].isin(layers)].groupby("layer")[["entropy", "distance", "class_mass"]]
     spread = by_layer.std(ddof=0).mean().add_suffix("_spread")
@@ -228,6 +238,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> i
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on standard error otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     with tempfile.TemporaryDirectory() as folder:

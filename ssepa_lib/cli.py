@@ -214,6 +214,12 @@ def bench(args: argparse.Namespace) -> int:
     return run_suites(args.suite, args.out, quick=args.quick, device=args.device)
 
 
+def gpu(args: argparse.Namespace) -> int:
+    from ssepa_lib.gpu import run_gpu
+
+    return run_gpu(args.out, args.minutes, data=args.data, weights=args.weights, dry_run=args.dry_run)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ssepa_lib", description=(
         "Weakly supervised semantic segmentation from image labels: ToCo, SS-EPA and FSR."))  # fmt: skip
@@ -302,6 +308,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="default results/bench")
     sub.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
     device(sub)
+
+    sub = add(gpu, "check, measure and train on a GPU within a few minutes; writes one JSON, a table and figures")
+    sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    sub.add_argument("--data", type=Path, metavar="VOC_ROOT", help="VOC 2012 folder (default: built-in scenes)")
+    sub.add_argument("--weights", type=Path, metavar="FOLDER", help="folder with ViT-Tiny weights (default: random)")
+    sub.add_argument("--minutes", type=float, default=9.0)
+    sub.add_argument("--dry-run", action="store_true", help="the whole path with toy sizes on the processor")
 
     sub = add(pretrain, "pre-train the micro ViT of the built-in data again")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")

@@ -1,0 +1,577 @@
+"""Speed and memory as ratios within one run, beside analytic floors and the targets they are held against.
+
+What is compared is timed interleaved (A B A B …) and the median of the pairwise ratios reported, so that a busy machine
+disturbs both sides alike. Steps are always those of the second phase, with every loss term. Inputs are photographs
+where VOC is at hand, else built-in scenes; weights are random, which changes no cost.
+"""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssepa_lib import reference
+from ssepa_lib.analysis import affinity_map_bytes, analytic_activation_bytes, peak_memory, saved_activation_bytes
+from ssepa_lib.cam import multi_scale_cam, refine
+from ssepa_lib.crf import crf_available, crf_pool
+from ssepa_lib.datasets import IGNORE, VOC_CLASSES, SegmentationDataset, ShapesDataset, VocDataset, classes_in
+from ssepa_lib.device import describe_device, precision, resolve_device
+from ssepa_lib.errors import UserError
+from ssepa_lib.losses import dense_energy
+from ssepa_lib.network import Network
+from ssepa_lib.objectives import total_loss
+from ssepa_lib.paths import results_root, voc_root
+from ssepa_lib.pseudo_labels import two_threshold_labels
+from ssepa_lib.recipe import Recipe, load_recipe
+from ssepa_lib.refinement import PixelAdaptiveRefinement
+from ssepa_lib.shapes import render_scene
+from ssepa_lib.training import Trainer
+from ssepa_lib.transforms import Batch, train_loader
+
+BACKBONES = {True: "vit_base_patch16_224.orig_in21k_ft_in1k", False: "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
+STRATEGIES = ("haaf_fused", "haaf_dense", "all_heads")
+MB = 1e6
+
+
+@dataclass
+class Row:
+    """One measurement."""
+
+    suite: str
+    name: str  # what was measured
+    setting: str
+    unit: str  # of value and reference
+    value: float
+    reference: float | None = None
+    ratio: float | None = None  # median of pairwise ratios where timed
+    ratio_of: str = ""  # "reference ÷ value" (a gain) or "value ÷ reference" (an overhead)
+    target: str = ""  # of the ratio, or of the value where it has a unit
+    met: bool | None = None
+    floor_bytes: int | None = None  # analytic
+    flops: int | None = None  # counted
+    at: dict[str, int] = field(default_factory=dict)  # side, batch and depth of a scaling row
+    note: str = ""
+
+
+def make_row(
+    suite: str, name: str, setting: str, unit: str, value: float, reference: float | None = None, *,
+    ratio: float | None = None, gain: bool = True, target: str = "", **more,
+) -> Row:  # fmt: skip
+    """A row with its ratio and, with a target such as "≥ 4" (ratio) or "≤ 5 ms" (value), whether that is met."""
+    if ratio is None and reference is not None:
+        ratio = reference / value if gain else value / reference
+    of = "" if ratio is None else "reference ÷ value" if gain else "value ÷ reference"
+    met = None
+    if target:
+        sign, number, *units = target.split()
+        measured = value if units else ratio
+        met = measured >= float(number) if sign == "≥" else measured <= float(number)
+    return Row(suite, name, setting, unit, value, reference, ratio, of, target, met, **more)
+
+
+@dataclass
+class Setup:
+    """Where and how large: ViT-B at 448² on a GPU, ViT-Tiny at 224² on a processor, a toy with `quick`."""
+
+    device: torch.device
+    quick: bool = False
+    data: Path | None = None  # VOC folder; None: built-in scenes
+    seconds: float = 60.0  # after which a comparison starts no further round
+    _scenes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def side(self) -> int:
+        return 64 if self.quick else 448 if self.gpu else 224
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.quick else 10 if self.gpu else 5
+
+    def target(self, text: str) -> str:
+        """The target, which only counts at full size."""
+        return "" if self.quick else text
+
+    def recipe(self, method: str = "ssepa", *, batch: int = 4, strategy: str = "haaf_fused", depth: int = 0) -> Recipe:
+        """A recipe at this setup's size with random weights."""
+        settings = {
+            "model.backbone": BACKBONES[self.gpu], "model.weights": "none", "data.crop": self.side,
+            "data.batch": batch, "affinity.strategy": strategy, "train.device": self.device.type,
+        }  # fmt: skip
+        if self.quick:
+            small = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 2}
+            head = {"local_size": 32, "local_crops": 2, "hidden": 64, "bottleneck": 32, "outputs": 64}
+            settings |= {"model.backbone_args": small} | {f"contrast.{k}": v for k, v in head.items()}
+        elif not self.gpu:
+            settings |= {"contrast.local_size": 64, "contrast.hidden": 512, "contrast.bottleneck": 128}
+        if depth:
+            settings["model.backbone_args"] = {**settings.get("model.backbone_args", {}), "depth": depth}
+        return load_recipe(f"voc/{method}", settings)
+
+    def describe(self, batch: int, side: int = 0, depth: int = 0) -> str:
+        name = "toy ViT" if self.quick else "ViT-B/16" if self.gpu else "ViT-Ti/16"
+        return f"{name}{f', {depth} blocks' if depth else ''}, {side or self.side}², batch {batch}"
+
+    def dataset(self) -> SegmentationDataset:
+        return VocDataset(self.data, "train") if self.data else ShapesDataset("train", 64 if self.quick else 512)
+
+    def pictures(self, count: int, side: int = 0) -> tuple[Tensor, Tensor]:
+        """Images uint8 [count, 3, side, side] and masks uint8 [count, side, side] that fill the square."""
+        side = side or self.side
+        if len(self._scenes.get(side, [()])[0]) < count:
+            self._scenes[side] = self._load(count, side)
+        return tuple(x[:count].to(self.device) for x in self._scenes[side])
+
+    def _load(self, count: int, side: int) -> tuple[Tensor, Tensor]:
+        if self.data:
+            items = [(item.image, item.mask) for item in map(self.dataset().__getitem__, range(count))]
+        else:
+            scenes = [render_scene("train", i, size=round(1.15 * side)) for i in range(count)]
+            items = [(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)) for image, mask in scenes]
+        image = [F.interpolate(i[None].float(), (side, side), mode="area")[0].byte() for i, _ in items]
+        mask = [F.interpolate(m[None, None].float(), (side, side))[0, 0].byte() for _, m in items]
+        return torch.stack(image), torch.stack(mask)
+
+    def batch(self, count: int) -> Batch:
+        """A training batch without padding."""
+        image, mask = self.pictures(count)
+        label = torch.stack([classes_in(m.cpu(), len(VOC_CLASSES)) for m in mask]).to(self.device)
+        box = torch.tensor([[0, self.side, 0, self.side]] * count, device=self.device)
+        return Batch([str(i) for i in range(count)], image, box, label, image.flip(-1), image, None)
+
+
+def interleaved(functions: dict[str, Callable[[], object]], setup: Setup) -> dict[str, list[float]]:
+    """Seconds of each function, called in turn: a warm-up, then `setup.rounds` rounds while time lasts (2 at least)."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    stop = time.perf_counter() + setup.seconds
+    for turn in range(setup.rounds + 1):
+        if turn > 2 and time.perf_counter() > stop:
+            break
+        for name, function in functions.items():
+            _wait(setup.device)
+            began = time.perf_counter()
+            function()
+            _wait(setup.device)
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def pairwise(over: list[float], under: list[float]) -> float:
+    """Median of the ratios of values measured in the same round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gain(suite, name, setting, ours, reference, **more) -> Row:
+    return make_row(suite, name, setting, "ms", 1e3 * statistics.median(ours), 1e3 * statistics.median(reference),
+                    ratio=pairwise(reference, ours), **more)  # fmt: skip
+
+
+def _overhead(suite, name, setting, ours, reference, **more) -> Row:
+    return make_row(suite, name, setting, "ms", 1e3 * statistics.median(ours), 1e3 * statistics.median(reference),
+                    ratio=pairwise(ours, reference), gain=False, **more)  # fmt: skip
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention calls of a function."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def dense_step(trainer: Trainer, batch: Batch) -> None:
+    """One update with every loss term."""
+    trainer.index = trainer.recipe.switch_step
+    trainer.step(batch)
+
+
+def _dense_loss(trainer: Trainer, batch: Batch) -> Tensor:
+    trainer.index = trainer.recipe.switch_step
+    return total_loss(trainer.terms(batch), trainer.recipe)
+
+
+def step_bytes(trainer: Trainer, batch: Batch) -> int:
+    """Peak of a step that has run before: weights, optimiser state, and the most that a step adds to them."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    fixed = [*trainer.network.parameters(), *trainer.network.buffers(), *trainer.objectives.parameters()]
+    fixed += [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    return sum(x.nbytes for x in fixed) + peak_memory(partial(dense_step, trainer, batch), trainer.device)
+
+
+def encoder_bytes(trainer: Trainer, batch: int) -> int:
+    """What the encoder's three passes (crop, second view, local crops) keep for the backward pass, by formula."""
+    backbone, recipe = trainer.network.backbone, trainer.recipe
+    hidden = backbone.vit.blocks[0].mlp.fc1.out_features
+    total, copies = 0, 0
+    local = (batch * recipe.contrast.local_crops, recipe.contrast.local_size)
+    for images, side in ((batch, recipe.data.crop), (batch, recipe.data.crop), local):
+        tokens = prod(backbone.grid(side, side)) + backbone.prefix
+        terms = analytic_activation_bytes(
+            images, tokens, backbone.width, backbone.depth, backbone.heads, prefix=backbone.prefix,
+            pixels=3 * side**2, mlp_ratio=hidden / backbone.width, value=2 if trainer.bf16 else 4,
+        )  # fmt: skip
+        copies = terms.pop("weight copies", 0)  # one set serves all passes
+        total += sum(terms.values())
+    return total + copies
+
+
+def affinity(setup: Setup) -> Iterator[Row]:
+    """A full training step with each strategy against the step without affinity (SS-EPA, Table 4)."""
+    for size in (1,) if setup.quick else (1, 2):
+        batch, setting = setup.batch(size), setup.describe(size)
+        trainers = {s: Trainer(setup.recipe("ssepa", batch=size, strategy=s), VOC_CLASSES, setup.device)
+                    for s in STRATEGIES}  # fmt: skip
+        trainers["none"] = Trainer(setup.recipe("toco", batch=size), VOC_CLASSES, setup.device)
+        steps = {name: partial(dense_step, trainer, batch) for name, trainer in trainers.items()}
+        seconds = interleaved(steps, setup)
+        peaks = {name: step_bytes(trainer, batch) for name, trainer in trainers.items()}
+        backbone = trainers["none"].network.backbone
+        side = 1.5 * setup.side
+        tokens = prod(backbone.grid(side, side)) + backbone.prefix
+        for s in STRATEGIES:
+            maps = affinity_map_bytes(2 * size, tokens, backbone.depth, backbone.heads, s)
+            target = setup.target("≤ 1.02") if s == "haaf_fused" else ""
+            yield make_row("affinity", f"peak memory of a step, {s}", setting, "MB", peaks[s] / MB, peaks["none"] / MB,
+                           gain=False, target=target, floor_bytes=maps,
+                           note="floor: the stack of maps at scale 1.5 with mirror")  # fmt: skip
+        for s in STRATEGIES:
+            target = setup.target("≤ 1.05") if s == "haaf_fused" else ""
+            yield _overhead("affinity", f"step time, {s}", setting, seconds[s], seconds["none"], target=target,
+                            flops=count_flops(steps[s]))  # fmt: skip
+        kept = {name: saved_activation_bytes(partial(_dense_loss, t, batch), t.network, t.objectives)
+                for name, t in trainers.items() if name in ("haaf_fused", "none")}  # fmt: skip
+        yield make_row("affinity", "kept for the backward pass, haaf_fused", setting, "MB", kept["haaf_fused"] / MB,
+                       kept["none"] / MB, gain=False, floor_bytes=encoder_bytes(trainers["haaf_fused"], size),
+                       note="floor: the encoder's passes by formula")  # fmt: skip
+
+
+def step(setup: Setup) -> Iterator[Row]:
+    """The reference-style step against ours, whole and by parts."""
+    size = 4
+    batch, setting, recipe = setup.batch(size), setup.describe(size), setup.recipe(batch=size)
+    ours = Trainer(recipe, VOC_CLASSES, setup.device)
+    exact = reference.ReferenceTrainer(recipe, VOC_CLASSES, setup.device)
+    fast = reference.ReferenceTrainer(recipe, VOC_CLASSES, setup.device, exact_energy=False)
+    steps = {"ours": partial(dense_step, ours, batch), "exact": partial(dense_step, exact, batch),
+             "fast": partial(dense_step, fast, batch)}  # fmt: skip
+    seconds = interleaved(steps, setup)
+    flops = count_flops(steps["ours"])
+    least = "≥ 5" if setup.gpu else "≥ 2"
+    yield _gain("step", "step time, reference style", setting, seconds["ours"], seconds["exact"],
+                target=setup.target(least), flops=flops, note="reference: exact filter on the processor")  # fmt: skip
+    yield _gain("step", "step time, reference style with our energy filter", setting, seconds["ours"], seconds["fast"],
+                flops=flops, note="the same without the cost of the exact filter")  # fmt: skip
+    yield make_row("step", "peak memory of a step", setting, "MB", step_bytes(ours, batch) / MB,
+                   step_bytes(fast, batch) / MB, target=setup.target("≥ 2"),
+                   floor_bytes=encoder_bytes(ours, size), note="floor: the encoder's passes by formula")  # fmt: skip
+    yield from _parts(setup, ours, fast, batch, setting, statistics.median(seconds["ours"]))
+    if setup.gpu and not setup.quick:
+        plain = interleaved({"early": lambda: (setattr(ours, "index", 0), ours.step(batch))}, setup)["early"]
+        switch = recipe.losses.switch
+        mean = switch * statistics.median(plain) + (1 - switch) * statistics.median(seconds["ours"])
+        yield make_row("step", "20 000 steps", setting, "min", 20000 * mean / 60, target="≤ 20 min",
+                       note=f"{1 / mean:.1f} steps/s without loading")  # fmt: skip
+
+
+def _parts(setup: Setup, ours: Trainer, theirs: Trainer, batch: Batch, setting: str, whole: float) -> Iterator[Row]:
+    """CAM, labels, energy and encoder alone, each with its share of the whole step."""
+    config, cams = ours.recipe.cam, []
+
+    def cam() -> None:
+        with torch.autocast(setup.device.type, torch.bfloat16, enabled=ours.bf16):
+            cams[:] = [multi_scale_cam(ours.network, batch.image, batch.label, config, affinity=True)]
+
+    def encoder() -> None:
+        with torch.autocast(setup.device.type, torch.bfloat16, enabled=ours.bf16):
+            first = ours.network(batch.image)
+            side, crops = ours.recipe.contrast.local_size, ours.recipe.contrast.local_crops
+            local = batch.image[..., :side, :side].repeat_interleave(crops, 0)
+            local = ours.network(local, segment=False).cls
+            other = ours.network(batch.global2, segment=False).cls
+        (first.segmentation.sum() + first.scores.sum() + other.sum() + local.sum()).backward()
+
+    cam()
+    labels = partial(two_threshold_labels, batch.image, cams[0].best, batch.label, batch.box, ours.par, config.high,
+                     config.low)  # fmt: skip
+    target, logits = labels(), _logits(setup.pictures(len(batch.image))[1])
+
+    def energy(device: torch.device) -> None:
+        x = logits.to(device).requires_grad_()
+        dense_energy(batch.image.to(device), x, target.to(device), batch.box.to(device)).backward()
+
+    pairs = {
+        "multi-scale CAM with affinity": (cam, lambda: reference.reference_cam(
+            theirs.network, batch.image, batch.label, config, affinity=True)),
+        "two-threshold labels": (labels, lambda: reference.reference_labels(
+            batch.image, cams[0].best, batch.label, batch.box, config)),
+        "dense energy": (partial(energy, setup.device), partial(energy, torch.device("cpu"))),
+        "encoder, forward and backward of three passes": (encoder, None),
+    }  # fmt: skip
+    for name, (new, old) in pairs.items():
+        seconds = interleaved({"ours": new} | ({"reference": old} if old else {}), setup)
+        note = f"{statistics.median(seconds['ours']) / whole:.0%} of the step"
+        if old:
+            yield _gain("step", name, setting, seconds["ours"], seconds["reference"], note=note)
+        else:
+            yield make_row("step", name, setting, "ms", 1e3 * statistics.median(seconds["ours"]), note=note)
+
+
+def _logits(mask: Tensor) -> Tensor:
+    """A soft segmentation [B, C+1, h, w] at a sixteenth of the masks' size, as a decoder makes it."""
+    classes = mask.long().where(mask != IGNORE, 0)
+    onehot = F.one_hot(classes, len(VOC_CLASSES) + 1).permute(0, 3, 1, 2).float()
+    return 5 * F.interpolate(onehot, tuple(max(2, s // 16) for s in mask.shape[-2:]), mode="area")
+
+
+def par(setup: Setup) -> Iterator[Row]:
+    """Pixel-adaptive refinement of a batch of 4 at 448², and the labels made with it."""
+    size, side, channels = 4, 96 if setup.quick else 448, 4
+    image, mask = setup.pictures(size, side)
+    scores = torch.rand(size, channels, side, side, device=setup.device).softmax(1)
+    config = setup.recipe().cam
+    module = PixelAdaptiveRefinement(config.par_dilations, config.par_iterations).to(setup.device)
+    ours = partial(module, image, scores)
+    theirs = partial(reference.reference_par, image, scores, config.par_dilations, config.par_iterations)
+    neighbours, pixels = len(module.shifts), size * side**2
+    setting = f"{channels} channels, {side}², batch {size}"
+    moved = 4 * pixels * (neighbours + config.par_iterations * (neighbours + 2 * channels))
+    seconds = interleaved({"ours": ours, "theirs": theirs}, setup)
+    yield _gain("par", "PAR time", setting, seconds["ours"], seconds["theirs"], target=setup.target("≥ 4"),
+                floor_bytes=moved, flops=2 * neighbours * channels * pixels * config.par_iterations,
+                note="floor: weights written once, read with the scores in each iteration")  # fmt: skip
+    yield make_row("par", "PAR peak memory", setting, "MB", peak_memory(ours, setup.device) / MB,
+                   peak_memory(theirs, setup.device) / MB, floor_bytes=4 * pixels * (neighbours + channels),
+                   note="floor: weights and scores")  # fmt: skip
+    label = torch.stack([classes_in(m.cpu(), len(VOC_CLASSES)) for m in mask]).to(setup.device)
+    cam = torch.rand(size, len(VOC_CLASSES), side, side, device=setup.device) * label[:, :, None, None]
+    box = torch.tensor([[0, side, 0, side]] * size, device=setup.device)
+    seconds = interleaved({
+        "ours": lambda: two_threshold_labels(image, cam, label, box, module, config.high, config.low),
+        "theirs": lambda: reference.reference_labels(image, cam, label, box, config),
+    }, setup)  # fmt: skip
+    setting = f"{len(VOC_CLASSES)} classes, {side}², batch {size}"
+    yield _gain("par", "two-threshold labels, time", setting, seconds["ours"], seconds["theirs"])
+
+
+def energy(setup: Setup) -> Iterator[Row]:
+    """The fast filter of the dense energy against the sum over all pairs."""
+    count, side = (2, 144) if setup.quick else (8, 448) if setup.gpu else (2, 448)
+    image, mask = setup.pictures(count, side)
+    target = mask.long()
+    target[:, ::3] = IGNORE
+    box = torch.tensor([[[0, side, 0, side]]] * count, device=setup.device)
+    setting = f"{len(VOC_CLASSES) + 1} channels, {side // 2}² (half of {side}²)"
+
+    def run(i: int, exact: bool) -> tuple[Tensor, Tensor]:
+        x = _logits(mask[i : i + 1]).requires_grad_()
+        value = dense_energy(image[i : i + 1], x, target[i : i + 1], box[i], exact=exact)
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    errors = []
+    for i in range(count):
+        (value, gradient), (true_value, true_gradient) = run(i, False), run(i, True)
+        errors.append([((value - true_value) / true_value).abs().item(),
+                       ((gradient - true_gradient).norm() / true_gradient.norm()).item()])  # fmt: skip
+    for name, column in zip(("value", "gradient"), zip(*errors, strict=True), strict=True):
+        yield make_row("energy", f"relative error of the {name}", setting, "%", 100 * max(column),
+                       target=setup.target("≤ 2 %"), note=f"largest of {count} images; mean "
+                       f"{100 * statistics.mean(column):.2f} %")  # fmt: skip
+    seconds = interleaved({"fast": lambda: run(0, False), "exact": lambda: run(0, True)}, setup)
+    pixels = (side // 2) ** 2
+    yield _gain("energy", "energy and gradient of one image", setting, seconds["fast"], seconds["exact"],
+                target=setup.target("≤ 5 ms") if setup.gpu else "", floor_bytes=4 * pixels * (3 + 3 * 21),
+                note="floor: image, probabilities, filtered values and gradient once")  # fmt: skip
+
+
+def idle_share(setup: Setup, workers: int, steps: int) -> float:
+    """Share of the time that a training loop waits for its next batch, 0..1, after the first three."""
+    recipe = setup.recipe()
+    recipe.data.workers = workers
+    dataset = setup.dataset()
+    trainer = Trainer(recipe, dataset.classes, setup.device)
+    batches, waited, began = iter(train_loader(dataset, recipe)), 0.0, 0.0
+    for number in range(steps + 3):
+        if number == 3:
+            waited, began = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        dense_step(trainer, batch)
+        _wait(setup.device)  # so that waiting is never hidden behind queued work: an upper bound
+    return waited / (time.perf_counter() - began)
+
+
+def loader(setup: Setup) -> Iterator[Row]:
+    """Does loading keep the device busy?"""
+    workers, steps = (8 if setup.gpu else 2), (4 if setup.quick else 60 if setup.gpu else 15)
+    alone, shared = idle_share(setup, 0, max(4, steps // 4)), idle_share(setup, workers, steps)
+    setting = f"{setup.describe(4)}, {'VOC' if setup.data else 'built-in scenes'}, {workers} workers"
+    yield make_row("loader", "device idle share", setting, "%", 100 * shared, 100 * alone,
+                   target=setup.target("≤ 5 %"), note="reference: no worker")  # fmt: skip
+
+
+def crf(setup: Setup) -> Iterator[Row]:
+    """Dense CRF over images by worker processes."""
+    if not crf_available():
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count, side, classes = (4, 64, 4) if setup.quick else (16 * cores, 320, 6)
+    images, random = setup.pictures(min(count, 4), side)[0].cpu(), np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(classes), (side, side)).transpose(2, 0, 1).astype(np.float32)
+    jobs = [(images[i % len(images)].permute(1, 2, 0).numpy().copy(), probabilities) for i in range(count)]
+    once = Setup(setup.device, True, seconds=0)
+    seconds = interleaved({"all": lambda: list(crf_pool(jobs, cores)), "one": lambda: list(crf_pool(jobs, 1))}, once)
+    target = setup.target(f"≥ {0.8 * cores:.1f}") if cores > 1 else ""
+    yield _gain("crf", f"CRF by {cores} processes", f"{count} images, {side}², {classes} classes", seconds["all"],
+                seconds["one"], target=target, note="start of the processes included")  # fmt: skip
+
+
+def scaling(setup: Setup) -> Iterator[Row]:
+    """Forward and backward pass with the affinity applied, against image size, batch and depth."""
+    if setup.quick:
+        sides, batches, depths = (64, 96), (2,), (4,)
+    elif setup.gpu:
+        sides, batches, depths = (224, 320, 448, 672, 1024), (2, 4, 8), (4, 8, 24)
+    else:
+        sides, batches, depths = (224, 320, 448, 672, 1024), (2, 4), (4, 8)
+    cases = [(side, 1, 0) for side in sides] + [(sides[0], batch, 0) for batch in batches]
+    cases += [(sides[0], 1, depth) for depth in depths]
+    bf16 = precision("auto", setup.device) == "bf16"
+    for side, size, depth in cases:
+        network = Network(setup.recipe(depth=depth), VOC_CLASSES).to(setup.device)
+        image = setup.pictures(size, side)[0]
+
+        def run(affinity: bool, network=network, image=image) -> Tensor:
+            with torch.autocast(setup.device.type, torch.bfloat16, enabled=bf16):
+                out = network(image, affinity=affinity)
+                if affinity:
+                    with torch.no_grad():
+                        refine(out, out.cam.relu())
+            return out.scores.float().sum() + out.segmentation.float().mean()
+
+        both = {"with": lambda: run(True).backward(), "without": lambda: run(False).backward()}
+        seconds, backbone = interleaved(both, setup), network.backbone
+        tokens = prod(backbone.grid(side, side)) + backbone.prefix
+        formula = analytic_activation_bytes(size, tokens, backbone.width, backbone.depth, backbone.heads,
+                                            pixels=3 * side**2, value=2 if bf16 else 4)  # fmt: skip
+        setting = setup.describe(size, side, backbone.depth)
+        at = {"side": side, "batch": size, "depth": backbone.depth}
+        yield _overhead("scaling", "forward and backward, haaf_fused", setting, seconds["with"], seconds["without"],
+                        flops=count_flops(both["with"]), at=at)  # fmt: skip
+        peaks = [peak_memory(function, setup.device) / MB for function in both.values()]
+        yield make_row("scaling", "peak of forward and backward, haaf_fused", setting, "MB", *peaks, gain=False,
+                       floor_bytes=sum(formula.values()), at=at, note="floor: the encoder by formula")  # fmt: skip
+
+
+SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
+    f.__name__: f for f in (affinity, step, par, energy, loader, crf, scaling)
+}
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What the numbers were measured on."""
+    return {
+        "device": describe_device(device), "type": device.type, "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(), "precision": precision("auto", device),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(), "python": platform.python_version(), "cuda": torch.version.cuda,
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+    }  # fmt: skip
+
+
+def measure(suite: str, setup: Setup, until: float = float("inf")) -> Iterator[Row]:
+    """The rows of one suite as they come; no further row is begun after `until` (`time.perf_counter()`)."""
+    for row in SUITES[suite](setup):
+        yield row
+        if time.perf_counter() > until:
+            return
+    gc.collect()
+    if setup.gpu:
+        torch.cuda.empty_cache()
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:,.4g} {unit}".rstrip() if value < 1e4 else f"{value:,.0f} {unit}".rstrip()
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """Rows as one table."""
+    lines = ["| suite | what | setting | value | reference | ratio | target | met | floor | note |", "|---" * 10 + "|"]
+    for r in rows:
+        ratio = "" if r.ratio is None else f"{r.ratio:.3g}× ({r.ratio_of})"
+        floor = [f"{r.floor_bytes / MB:,.4g} MB"] if r.floor_bytes is not None else []
+        floor += [f"{r.flops / 1e9:,.4g} GFLOP"] if r.flops else []
+        met = {None: "", True: "yes", False: "no"}[r.met]
+        cells = (r.suite, r.name, r.setting, _number(r.value, r.unit), _number(r.reference, r.unit), ratio, r.target,
+                 met, ", ".join(floor), r.note)  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def open_setup(device: str, *, quick: bool = False, data: Path | None = None, seconds: float = 60.0) -> Setup:
+    """A setup on a device; photographs are taken from `data`, else from VOC where it is at hand."""
+    root = data or voc_root()
+    found = (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation" / "train.txt").is_file()
+    if data and not found:
+        raise UserError(f"{data} holds no VOC 2012 data; name the folder with JPEGImages/ and ImageSets/.")
+    return Setup(resolve_device(device), quick, root if found and not (quick and not data) else None, seconds)
+
+
+def run_suites(suites: list[str], out: Path | None, *, quick: bool = False, device: str = "auto") -> int:
+    """Measure, print one table per suite, and write `bench.json` and `bench.md`.
+
+    Args:
+        suites: names out of `SUITES`; empty: all.
+        out: folder for the results; None: `results/bench`.
+        quick: toy sizes and two rounds, to see that everything runs; targets do not count then.
+        device: auto, cpu or cuda.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: an unknown suite or an unusable device.
+    """
+    for name in suites:
+        if name not in SUITES:
+            raise UserError(f"there is no suite '{name}'; choose from {', '.join(SUITES)}.")
+    setup = open_setup(device, quick=quick)
+    out = out or results_root() / "bench"
+    out.mkdir(parents=True, exist_ok=True)
+    report, rows = {"machine": machine(setup.device), "quick": quick, "data": "VOC" if setup.data else "built-in"}, []
+    print(" ".join(f"{key} {value}," for key, value in report["machine"].items()).rstrip(","), flush=True)
+    for name in suites or SUITES:
+        found = list(measure(name, setup))
+        rows += found
+        print(to_markdown(found) if found else f"{name}: needs pydensecrf2, which is not installed.\n", flush=True)
+        write_report(out, "bench", report | {"rows": [asdict(row) for row in rows]}, rows)
+    return 0
+
+
+def write_report(out: Path, name: str, report: dict, rows: list[Row]) -> None:
+    """`<name>.json` with everything and `<name>.md` with the table and the machine it was measured on."""
+    (out / f"{name}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    described = "\n".join(f"- {key}: {value}" for key, value in report["machine"].items())
+    (out / f"{name}.md").write_text(f"{to_markdown(rows)}\n{described}\n")
