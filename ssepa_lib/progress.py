@@ -69,6 +69,7 @@ class Display:
         return f"{state['label']}: step {state['step']}/{state['steps']}, loss {state['loss']:.3f}, {left} left"
 
     def render(self):
+        """The table of notebooks, as of now."""
         from rich.table import Table
 
         table = Table(box=None, padding=(0, 2, 0, 0))

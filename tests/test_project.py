@@ -102,6 +102,12 @@ def test_documents_name_things_that_exist(document):
         assert (PROJECT / "ssepa_lib" / module).is_file(), f"{document} names {module}"
 
 
+def test_the_readme_maps_every_module():
+    text = (PROJECT / "README.md").read_text()
+    modules = {path.name for path in (PROJECT / "ssepa_lib").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not {name for name in modules if f"`{name}`" not in text}
+
+
 def test_commands_in_the_documents_are_commands():
     shown = subprocess.run([sys.executable, "-m", "ssepa_lib", "--help"], cwd=PROJECT, capture_output=True, text=True)
     known = set(re.findall(r"\w+", shown.stdout))
