@@ -128,7 +128,7 @@ def _creature(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, kin
     height, width = mask.shape
     angle = rng.uniform(0, 2 * np.pi)
     half = np.float32([0.82, rng.uniform(0.48, 0.66)]) * radius  # body half axes
-    head = rng.uniform(0.29, 0.36) * radius
+    head = rng.uniform(0.34, 0.42) * radius
     top, left = np.maximum(np.floor(centre - 1.3 * radius).astype(int), 0)
     bottom, right = np.minimum(np.ceil(centre + 1.3 * radius).astype(int), (height, width))
     y = np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(centre[0])
