@@ -57,6 +57,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, classes: tuple[str, ...], device: torch.device, world: int = 1):
         self.recipe, self.device, self.world, self.index = recipe, device, world, 0
         self.network: Network = build_network(recipe, classes).to(device).train()
+        torch.manual_seed(recipe.train.seed + 1)  # heads start alike in every method, whatever the network drew
         self.objectives = build_objectives(recipe, self.network).to(device)
         self.par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
         groups = self.network.parameter_groups(recipe.optim, recipe.affinity.haaf_lr)
