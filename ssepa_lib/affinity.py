@@ -91,7 +91,7 @@ class PatchAffinity:
             out.append(mixed[..., : chunk.shape[-1]].float().mean(1))
         return torch.cat(out, -1)
 
-    def _per_layer_fused(self, cam: Tensor) -> tuple[Tensor, Tensor]:
+    def propagate(self, cam: Tensor) -> tuple[Tensor, Tensor]:
         """Per-layer products [B, K, N, C] and, from one more value column, the descriptor [B, K]."""
         values = torch.cat([cam, cam.new_ones(*cam.shape[:2], 1)], -1)
         skip = values.new_zeros(len(cam), self.prefix, values.shape[-1])
@@ -123,7 +123,7 @@ class PatchAffinity:
         """Pooled affinity per layer, [B, K]; what HAAF's MLP sees."""
         if self.strategy == "haaf_fused":
             batch = self.queries[0].shape[0]
-            return self._per_layer_fused(self.queries[0].new_zeros(batch, self.patches, 0, dtype=torch.float32))[1]
+            return self.propagate(self.queries[0].new_zeros(batch, self.patches, 0, dtype=torch.float32))[1]
         return self._pool(self._stack())
 
     @property
@@ -133,7 +133,7 @@ class PatchAffinity:
 
     def per_layer(self, cam: Tensor) -> Tensor:
         """Head-mean affinity of each layer applied to a map, [B, N, C] → [B, K, N, C], without weights."""
-        return self._per_layer_fused(cam)[0]
+        return self.propagate(cam)[0]
 
     def __matmul__(self, cam: Tensor) -> Tensor:
         """Refined map, [B, N, C] → [B, N, C], propagated `steps` times."""
@@ -143,7 +143,7 @@ class PatchAffinity:
                 cam = dense @ cam.float()
             return cam
         for _ in range(self.steps):
-            products, descriptor = self._per_layer_fused(cam)
+            products, descriptor = self.propagate(cam)
             cam = torch.einsum("bk,bknc->bnc", self._resolve(descriptor), products) / len(self)
         return cam
 

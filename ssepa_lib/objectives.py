@@ -173,8 +173,7 @@ class HaafSupervision(nn.Module):
     def _products(out: NetworkOutput, maps: Tensor) -> Tensor:
         """Σ_k v'_k A_k · maps / K with a gradient to v' only. [B, N, X] → [B, N, X]."""
         with torch.no_grad():
-            products = out.affinity.per_layer(maps.float())
-            descriptor = out.affinity.descriptor()
+            products, descriptor = out.affinity.propagate(maps.float())
         weights = out.affinity.weigh(descriptor)
         return torch.einsum("bk,bknx->bnx", weights, products) / weights.shape[1]
 
