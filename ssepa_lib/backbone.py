@@ -1,6 +1,7 @@
 """A plain vision transformer from timm: images of any size in, patch tokens out, queries and keys on request."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -32,18 +33,32 @@ class BackboneOutput:
     keys: list[Tensor]
 
 
-class _CaptureAttention(TorchFunctionMode):
-    """Records queries and keys of every fused attention call: independent of how timm names its modules."""
+class _Attention(TorchFunctionMode):
+    """Stands between a block and its fused attention, however timm names its modules.
 
-    def __init__(self) -> None:
+    Records queries and keys where asked, and lets training on a processor attend in float32: there the backward pass
+    of the bfloat16 kernel is up to ten times slower.
+    """
+
+    def __init__(self, capture: bool) -> None:
         super().__init__()
-        self.queries, self.keys = [], []
+        self.capture, self.queries, self.keys = capture, [], []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self.queries.append(args[0].detach())
-            self.keys.append(args[1].detach())
-        return func(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value, *rest = args
+        if self.capture:
+            self.queries.append(query.detach())
+            self.keys.append(key.detach())
+        if query.device.type != "cpu" or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        return func(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
+
+    def run(self, block: nn.Module, x: Tensor, **extra: Tensor) -> Tensor:
+        """One block, past a compiled call, which would hide the attention."""
+        with self:
+            return block._call_impl(x, **extra)
 
 
 class Backbone(nn.Module):
@@ -117,24 +132,23 @@ class Backbone(nn.Module):
         """
         x, rope, grid = self._embed(image, mask)
         extra = {} if rope is None else {"rope": rope}
-        recorder = _CaptureAttention()
+        attention = _Attention(capture)
         for index, block in enumerate(self.vit.blocks):
-            if capture:
-                with recorder:
-                    x = block.forward(x, **extra)  # past a compiled call, which would hide the attention
-            elif self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, **extra)
+            compiled = block._compiled_call_impl is not None
+            call = partial(attention.run, block) if capture or not (compiled or x.is_cuda) else block
+            if self.checkpointing and torch.is_grad_enabled() and not capture:
+                x = checkpoint(call, x, use_reentrant=False, **extra)
             else:
-                x = block(x, **extra)
+                x = call(x, **extra)
             if index == self.aux_block:
                 aux = x
-        if capture and len(recorder.queries) != self.depth:
+        if capture and len(attention.queries) != self.depth:
             raise UserError("the backbone does not use fused attention, so its affinity cannot be read; "
                             "unset TIMM_FUSED_ATTN=0 or choose a plain vision transformer.")  # fmt: skip
         x = self.vit.fc_norm(self.vit.norm(x))
         return BackboneOutput(
             patches=x[:, self.prefix :], aux=aux[:, self.prefix :], cls=x[:, 0] if self.prefix else None, grid=grid,
-            prefix=self.prefix, queries=recorder.queries, keys=recorder.keys,
+            prefix=self.prefix, queries=attention.queries, keys=attention.keys,
         )  # fmt: skip
 
 

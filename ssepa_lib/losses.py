@@ -81,6 +81,28 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     return 0.5 * sum(over_processes((pixel * side).sum(), side.sum()) for side in (background, foreground))
 
 
+def normalised_cut(tokens: Tensor, foreground: Tensor) -> Tensor:
+    """Normalised cut of soft two-way segmentations on the graph of tokens (Shi and Malik, 2000; Tang et al. 2018).
+
+    An edge weighs max(0, cosine)² between tokens centred per image.
+
+    Args:
+        tokens: [B, N, D].
+        foreground: [B, N], 0..1.
+
+    Returns:
+        The mean over the batch of cut/assoc(foreground) + cut/assoc(background), 0..2.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens, foreground = tokens.float(), foreground.float()
+        unit = F.normalize(tokens - tokens.mean(1, keepdim=True), dim=-1)
+        edges = (unit @ unit.mT).clamp(min=0).square()  # [B, N, N]
+    degree = edges.sum(2)
+    sides = torch.stack([foreground, 1 - foreground])  # [2, B, N]
+    cut = torch.einsum("bi,bij,bj->b", foreground, edges, 1 - foreground)
+    return (cut / ((sides * degree).sum(2) + 1e-5)).sum(0).mean()
+
+
 class _DenseEnergy(torch.autograd.Function):
     """−(1/B) Σ sᵀ[G ∘ Ws] with the gradient −2·(G ∘ Ws)/B, the gate G held constant."""
 

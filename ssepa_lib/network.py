@@ -25,6 +25,7 @@ class NetworkOutput:
     cam: Tensor  # [B, C, h, w] main classifier on every token, before ReLU, no gradient
     aux_cam: Tensor  # [B, C, h, w]
     patches: Tensor  # [B, N, D] final tokens
+    aux: Tensor  # [B, N, D] tokens of the auxiliary block
     cls: Tensor  # [B, D] class token, or the aggregator's
     grid: tuple[int, int]  # h, w
     segmentation: Tensor | None  # [B, C+1, h, w] logits; None when not asked for
@@ -115,7 +116,8 @@ class Network(nn.Module):
             cam, aux_cam = as_map(self.classifier(patches)), as_map(self.aux_classifier(tokens.aux))
         return NetworkOutput(
             scores=self.classifier(patches.amax(1)), aux_scores=self.aux_classifier(tokens.aux.amax(1)),
-            cam=cam.float(), aux_cam=aux_cam.float(), patches=patches, cls=cls, grid=(h, w),
+            cam=cam.float(), aux_cam=aux_cam.float(), patches=patches, aux=tokens.aux, cls=cls,
+            grid=(h, w),
             segmentation=self.decoder(as_map(patches)) if segment else None,
             affinity=self.patch_affinity(tokens.queries, tokens.keys, tokens.prefix) if affinity else None,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from ssepa_lib.losses import (
     class_token_contrast,
     classification_loss,
     dense_energy,
+    normalised_cut,
     patch_token_contrast,
     segmentation_loss,
 )
@@ -158,6 +159,8 @@ class HaafSupervision(nn.Module):
     - energy: the refined map should not change under pixel-adaptive refinement, i.e. follow image edges.
     - decoder: the refined map should agree with the decoder's soft prediction.
     - equivariance: the refined map of a mirrored 1.4× copy, mirrored back, should be the same map.
+    - pooling: tokens pooled under the refined map are of its class to the auxiliary classifier, the rest's are not.
+    - ncut: the refined foreground should be a good segment of the graph of final tokens (normalised cut).
     """
 
     def __init__(self, recipe: Recipe):
@@ -218,6 +221,18 @@ class HaafSupervision(nn.Module):
         there = F.interpolate(as_map(self._refined(step, other), other), step.out.grid, mode="bilinear").flip(-1)
         here = as_map(self._refined(step), step.out)
         return over_processes((here - there).abs().mean((2, 3)).sum(), step.batch.label.sum())
+
+    def _pooling(self, step: Step) -> Tensor:
+        maps, tokens, label = self._refined(step), step.out.aux.detach().float(), step.batch.label
+        weight = step.network.aux_classifier.weight.detach().float()
+        rest = 1 - maps.amax(2, keepdim=True)
+        inner, outer = (F.normalize(m, p=1, dim=1).mT @ tokens for m in (maps, rest))  # [B, C, D], [B, 1, D]
+        inner, outer = (inner * weight).sum(2), outer[:, 0] @ weight.mT  # [B, C]
+        loss = (F.softplus(-inner) + F.softplus(outer)) * label
+        return over_processes(loss.sum(), label.sum())
+
+    def _ncut(self, step: Step) -> Tensor:
+        return normalised_cut(step.out.patches.detach(), self._refined(step).amax(2))
 
 
 class FeatureReinforcement(nn.Module):

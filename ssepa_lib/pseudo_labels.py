@@ -27,7 +27,7 @@ def _refined_labels(
     refined = par(F.interpolate(image.float(), half, mode="bilinear"), torch.cat(scores, 1))
     refined = F.interpolate(refined, (height, width), mode="bilinear")
     classes = F.pad(order + 1, (1, 0))  # slot → class id, slot 0 is background
-    return [classes.gather(1, r.argmax(1).flatten(1)).view(b, height, width) for r in refined.split(slots + 1, 1)]
+    return [classes.gather(1, r.max(1).indices.flatten(1)).view(b, height, width) for r in refined.split(slots + 1, 1)]
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import RECIPES
 
+SUPERVISIONS = ("none", "cls", "affinity", "energy", "decoder", "equivariance", "pooling", "ncut")  # what trains HAAF
+
 
 def _choice(section: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
@@ -79,7 +81,7 @@ class AffinityConfig:
     strategy: str = "haaf_fused"  # all_heads, haaf_dense or haaf_fused: same numbers, other memory
     descriptor: str = "patch"  # what HAAF pools: full (1+N)² map or the patch-to-patch block
     hidden: int = 32  # width of HAAF's MLP
-    supervision: str = "none"  # what trains HAAF: none, cls, affinity, energy, decoder or equivariance
+    supervision: str = "none"  # what trains HAAF, one of SUPERVISIONS; see objectives.HaafSupervision
     supervision_weight: float = 0.1
     haaf_lr: float = 5e-3  # learning rate of HAAF's MLP
     steps: int = 1  # propagation steps
@@ -90,8 +92,7 @@ class AffinityConfig:
         _choice("affinity", "source", self.source, ("softmax", "logits"))
         _choice("affinity", "strategy", self.strategy, ("all_heads", "haaf_dense", "haaf_fused"))
         _choice("affinity", "descriptor", self.descriptor, ("full", "patch"))
-        _choice("affinity", "supervision", self.supervision,
-                ("none", "cls", "affinity", "energy", "decoder", "equivariance"))  # fmt: skip
+        _choice("affinity", "supervision", self.supervision, SUPERVISIONS)
         _require(self.steps >= 1, "affinity.steps must be 1 or more.")
         _require(self.supervision == "none" or self.kind == "haaf",
                  f"affinity.supervision '{self.supervision}' needs affinity.kind haaf: only haaf learns.")  # fmt: skip

@@ -13,6 +13,7 @@ from ssepa_lib.losses import (
     class_token_contrast,
     classification_loss,
     dense_energy,
+    normalised_cut,
     patch_token_contrast,
     segmentation_loss,
 )
@@ -22,6 +23,30 @@ def test_classification_loss_by_hand():
     scores, label = torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]])
     expected = (math.log(2) + math.log(1 + math.exp(2))) / 2
     assert classification_loss(scores, label).item() == pytest.approx(expected, rel=1e-6)
+
+
+def slow_normalised_cut(tokens, foreground):
+    total = 0.0
+    for x, m in zip(tokens.double(), foreground.double(), strict=True):
+        x = x - x.mean(0)
+        pairs = []
+        for i in range(len(x)):
+            for j in range(len(x)):
+                cosine = (x[i] @ x[j]) / (x[i].norm() * x[j].norm())
+                pairs.append((i, j, max(0.0, cosine.item()) ** 2))
+        cut = sum(m[i] * (1 - m[j]) * w for i, j, w in pairs)
+        total += cut / sum(m[i] * w for i, j, w in pairs) + cut / sum((1 - m[i]) * w for i, j, w in pairs)
+    return total / len(tokens)
+
+
+def test_normalised_cut_against_loops_and_at_its_ends():
+    tokens, foreground = torch.randn(3, 7, 5), torch.rand(3, 7)
+    torch.testing.assert_close(normalised_cut(tokens, foreground).double(), slow_normalised_cut(tokens, foreground),
+                               rtol=1e-4, atol=0)  # fmt: skip
+    two = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]])[None]  # two groups without an edge between them
+    assert normalised_cut(two, torch.tensor([[1.0, 1, 0, 0]])).item() == pytest.approx(0, abs=1e-5)
+    assert normalised_cut(two, torch.tensor([[1.0, 0, 1, 0]])).item() == pytest.approx(1, abs=1e-3)
+    assert normalised_cut(two, torch.zeros(1, 4)).isfinite()  # an image without foreground
 
 
 def slow_patch_token_contrast(patches, labels):
