@@ -51,7 +51,8 @@ def _all_pairs(features: Tensor, values: Tensor) -> Tensor:
     # no matrix product for the distances: it would cancel digits, the more so in TF32
     distance = partial(torch.cdist, x2=features, compute_mode="donot_use_mm_for_euclid_dist")
     blocks = features.split(max(1, 2**24 // len(features)))
-    return torch.cat([distance(b).square_().mul_(-0.5).exp_() @ values for b in blocks])
+    # e⁻⁸⁰ is the smallest weight, as below it products would become denormal
+    return torch.cat([distance(b).square_().mul_(-0.5).clamp_(min=-80).exp_() @ values for b in blocks])
 
 
 def _grid(features: Tensor, values: Tensor) -> Tensor:
