@@ -183,7 +183,7 @@ def study(args: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {"segmentation": ("raw", "ms") if args.ms else ("raw",)}
     runs = run_study(args.preset, args.methods, args.seeds, splits={split: options for split in args.splits},
-                     steps=args.steps, device=args.device, run_name=args.run_name, changes=_pairs(args.set),
+                     steps=args.steps, device=args.device, run_name=args.run_name, arms={"": _pairs(args.set)},
                      progress=lambda label: print(label, flush=True) or _line_per_row)  # fmt: skip
     products = [name for name in (*PRODUCTS, *SEGMENTATION.values()) if name in runs and runs[name].notna().any()]
     products = list(dict.fromkeys(products))
@@ -205,6 +205,29 @@ def study(args: argparse.Namespace) -> int:
     runs.drop(columns="settings").to_csv(folder / f"{name}.csv", index=False)
     (folder / f"{name}.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text), folder / f"{name}.md", sep="\n\n")
+    return 0
+
+
+def haaf(args: argparse.Namespace) -> int:
+    """Train HAAF alone on a finished run with every supervision, and compare with every layer alone."""
+    from ssepa_lib import figures
+    from ssepa_lib import tables as t
+    from ssepa_lib.recipe import SUPERVISIONS
+    from ssepa_lib.study import compare_supervisions, split_of
+    from ssepa_lib.training import load_run
+
+    network, recipe = load_run(args.run, args.device)
+    settings = {"source": args.source, "descriptor": args.descriptor, "steps": args.propagate}
+    variants = {kind: {"supervision": kind} | settings for kind in SUPERVISIONS[1:]}
+    datasets = [split_of(recipe, split) for split in args.splits]
+    progress = _counter("HAAF", "step")
+    table = compare_supervisions(network, recipe, variants, datasets, steps=args.steps, progress=progress)
+    out = args.out or args.run
+    table.round(3).to_csv(out / "haaf.csv", index=False)
+    figures.use_style()
+    axes = figures.supervisions(table, datasets[0].split)
+    figures.save_figure(axes[0].figure, out / "haaf.png")
+    print(t.to_markdown(table), *(out / name for name in ("haaf.csv", "haaf.png")), sep="\n")
     return 0
 
 
@@ -298,6 +321,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--run-name", default="", metavar="NAME", help="added to the folders' names")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every run")
     device(sub)
+
+    sub = add(haaf, "train HAAF alone on a finished run, once per supervision; compare with every layer alone")
+    run(sub)
+    sub.add_argument("--steps", type=int, default=350, help="updates of HAAF (default 350)")
+    sub.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT")
+    sub.add_argument("--source", default="softmax", choices=("softmax", "logits"))
+    sub.add_argument("--descriptor", default="patch", choices=("patch", "full"))
+    sub.add_argument("--propagate", type=int, default=1, metavar="N", help="propagation steps (default 1)")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for haaf.csv and haaf.png; default: the run folder")
 
     sub = add(tables, "print the paper's tables with this workbook's runs beside them")
     sub.add_argument("--preset", default="voc")

@@ -297,6 +297,48 @@ def layer_weights(
     return axes
 
 
+def supervisions(table: pd.DataFrame, split: str) -> Sequence[Axes]:
+    """What each way to train HAAF weighs and what it is worth, beside every layer alone.
+
+    Args:
+        table: result of `study.compare_supervisions`.
+        split: the column of mIoU to show.
+
+    Returns:
+        Axes of the single layers (above), the weights, and the scores (right).
+    """
+    layers = [column for column in table if column.startswith("layer ")]
+    miou = table.set_index("affinity")[split]
+    alone = miou[[f"{name} alone" for name in layers]].to_numpy()
+    learned = table[table["affinity"].str.startswith("HAAF")].sort_values(split, ascending=False)
+    height = 0.32 * len(learned)
+    figure, ((top, corner), (heat, right)) = plt.subplots(
+        2, 2, figsize=(9, height + 2.6), width_ratios=(3, 1.2), height_ratios=(1.5, height), sharex="col", sharey="row"
+    )
+    corner.remove()
+    at = np.arange(len(layers)) + 0.5
+    top.bar(at, alone, color="0.65")
+    top.axhline(miou["uniform mean"], color="C0", linestyle="--")
+    top.set(ylabel="mIoU, %", title=f"refined CAM, {split}: one layer alone")
+    names = [name.removeprefix("HAAF, ") for name in learned["affinity"]]
+    sns.heatmap(learned[layers].to_numpy(), ax=heat, cmap="Blues", annot=True, fmt=".1f", cbar=False, linewidths=0.5,
+                yticklabels=names, annot_kws={"size": "x-small"})  # fmt: skip
+    heat.set_xticks(at, range(len(layers)))
+    heat.tick_params(axis="y", rotation=0)
+    heat.set(xlabel="layer (0 = first)", ylabel="HAAF trained by")
+    heat.set_title("weights v' (mean 1)", fontsize="small")
+    bars = right.barh(np.arange(len(learned)) + 0.5, learned[split], color="0.65", height=0.7)
+    right.bar_label(bars, fmt="%.1f", padding=3, fontsize="x-small")
+    right.axvline(miou["uniform mean"], color="C0", linestyle="--", label="uniform mean")
+    right.axvline(alone.max(), color="C1", label="best single layer")
+    low = min(miou.min(), learned[split].min())
+    right.set(xlabel=f"mIoU on {split}, %", xlim=(max(0, low - 2), None))
+    right.margins(x=0.15)
+    right.tick_params(labelleft=False)
+    right.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
+    return [top, heat, right]
+
+
 def learning_curves(
     histories: Mapping[str, pd.DataFrame | Path | str], terms: Sequence[str] | None = None, columns: int = 4,
     smooth: int = 1,

@@ -63,10 +63,11 @@ class Step:
     def cams(self) -> Cams:
         stochastic = self.recipe.model.drop_path > 0  # then the training pass is not the inference pass
         first = None if stochastic else self.out
+        training = self.network.training
         self.network.eval()
         cams = multi_scale_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
                                affinity=self.with_affinity, first=first)  # fmt: skip
-        self.network.train()
+        self.network.train(training)
         return cams
 
     @cached_property

@@ -1,5 +1,6 @@
 """Runs in their places: where a run lies, train and evaluate it once, compare methods over seeds (SS-EPA, Table 3)."""
 
+import itertools
 import json
 import os
 import platform
@@ -15,17 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.affinity import PatchAffinity
+from ssepa_lib.affinity import HAAF, PatchAffinity
 from ssepa_lib.analysis import affinity_map_bytes, peak_memory, saved_activation_bytes
 from ssepa_lib.backbone import BackboneOutput
 from ssepa_lib.datasets import SegmentationDataset, build_dataset
-from ssepa_lib.device import describe_device, resolve_device
+from ssepa_lib.device import autocast, describe_device, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import PRODUCTS, SEGMENTATION, evaluate, write_metrics
 from ssepa_lib.network import Network
+from ssepa_lib.objectives import HaafSupervision, Step
 from ssepa_lib.paths import results_root
 from ssepa_lib.recipe import Recipe, load_recipe
-from ssepa_lib.training import OnStep, load_run, train
+from ssepa_lib.refinement import PixelAdaptiveRefinement
+from ssepa_lib.training import OnStep, is_finished, learning_rate_factor, load_run, train
+from ssepa_lib.transforms import train_loader
 
 
 def environment(device: torch.device | str) -> str:
@@ -117,35 +121,40 @@ def _wanted(options: Mapping[str, Any]) -> set[str]:
     return (products - {"segmentation"}) | {SEGMENTATION[mode] for mode in modes if "segmentation" in products}
 
 
-def run_study(preset: str, methods: Sequence[str], seeds: Sequence[int], *, splits: Mapping[str, dict], steps: int = 0,
-              device: str = "auto", run_name: str = "", changes: Mapping[str, Any] | None = None,
-              progress: Callable[[str], OnStep] | None = None) -> pd.DataFrame:  # fmt: skip
-    """Train and evaluate every method with every seed; what is there already is read, what was cut short goes on.
+def _place(recipe: Recipe, folder: Path) -> Path:
+    """`folder`, unless a finished run beside it is of the same recipe."""
+    beside = sorted(folder.parent.glob("*/")) if folder.parent.is_dir() else []
+    return next((f for f in (folder, *beside) if is_finished(recipe, f)), folder)
 
-    Methods that are the same recipe under two names share one run.
+
+def run_study(preset: str, methods: Sequence[str], seeds: Sequence[int], *, splits: Mapping[str, dict], steps: int = 0,
+              device: str = "auto", run_name: str = "", arms: Mapping[str, Mapping[str, Any]] | None = None,
+              progress: Callable[[str], OnStep] | None = None) -> pd.DataFrame:  # fmt: skip
+    """Train and evaluate every method and arm with every seed; what is there is read, what was cut short goes on.
+
+    The same recipe is never trained twice, whatever names it goes by: a finished run of its hash is taken.
 
     Args:
         splits: split → options of `evaluate_run` (images, products, …).
-        changes: further recipe overrides, for every run.
+        arms: name → recipe overrides; None: every method as it is.
         progress: makes the `on_step` callback of a training from its label.
 
     Returns:
-        One row per method, seed and split, in the columns of `tables.collect_runs`.
+        One row per method, arm, seed and split, in the columns of `tables.collect_runs`; `variant` is the arm.
     """
     rows = []
-    for seed in seeds:
-        folders: dict[str, Path] = {}  # by recipe hash
-        for method in methods:
-            recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device, changes=changes)
-            folder = folders.setdefault(recipe.hash(), run_folder(preset, method, seed, run_name))
-            train(recipe, folder, on_step=progress(folder.name) if progress else None)
-            for split, options in splits.items():
-                result = evaluate_run(folder, split, device=device, **options)
-                setting = result["setting"] | {"method": method}
-                plain = {name: value for name, value in setting.items() if name != "products"}
-                row = {"run": folder.name, "preset": preset, "variant": run_name, **plain, **result["miou"]}
-                row["mean_average_precision"] = result["mean_average_precision"]
-                rows.append(row | {"settings": setting})
+    for seed, method, (arm, changes) in itertools.product(seeds, methods, (arms or {"": {}}).items()):
+        variant = "-".join(filter(None, (run_name, arm.replace(" ", "-"))))
+        recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device, changes=changes)
+        folder = _place(recipe, run_folder(preset, method, seed, variant))
+        train(recipe, folder, on_step=progress(folder.name) if progress else None)
+        for split, options in splits.items():
+            result = evaluate_run(folder, split, device=device, **options)
+            setting = result["setting"] | {"method": method}
+            plain = {name: value for name, value in setting.items() if name != "products"}
+            row = {"run": folder.name, "preset": preset, "variant": arm or run_name, **plain, **result["miou"]}
+            row["mean_average_precision"] = result["mean_average_precision"]
+            rows.append(row | {"settings": setting})
     return pd.DataFrame(rows)
 
 
@@ -194,6 +203,93 @@ def single_layers(network: Network, recipe: Recipe, dataset: SegmentationDataset
     depth = network.backbone.depth
     weights = depth * torch.eye(depth)
     return pd.Series({k: refined_miou(network, recipe, dataset, weights=weights[k]) for k in range(depth)}, name="mIoU")
+
+
+def train_haaf(
+    network: Network, recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], *, steps: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, HAAF]:  # fmt: skip
+    """HAAF alone on a trained network that stays as it is, once per variant; all variants see the same batches.
+
+    Args:
+        variants: name → fields of `AffinityConfig` (supervision, source, descriptor, …).
+        steps: updates; the learning rate falls as in a training of this length.
+
+    Returns:
+        Name → trained HAAF.
+    """
+    device, depth = network.classifier.weight.device, network.backbone.depth
+    recipe = replace(recipe, train=replace(recipe.train, steps=steps), losses=replace(recipe.losses, switch=0.0))
+    configs = {name: replace(recipe.affinity, kind="haaf", **changes) for name, changes in variants.items()}
+    torch.manual_seed(recipe.train.seed)
+    found = {name: HAAF(depth, config.hidden).to(device) for name, config in configs.items()}
+    optimisers = {name: torch.optim.AdamW(found[name].parameters(), c.haaf_lr) for name, c in configs.items()}
+    par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
+    before, dataset = (network.affinity_config, network.haaf, network.training), build_dataset(recipe.data, "train")
+    try:
+        for index, batch in enumerate(train_loader(dataset, recipe)):
+            network.haaf, network.affinity_config = None, replace(recipe.affinity, kind="mean", supervision="none")
+            shared = Step(network, replace(recipe, affinity=network.affinity_config), batch.to(device), index, par,
+                          torch.Generator().manual_seed(index))  # fmt: skip
+            with torch.no_grad(), autocast(recipe.train.precision, device):
+                network.eval()
+                tokens = shared.out.affinity
+            for name, config in configs.items():
+                network.haaf, network.affinity_config = found[name], config
+                shared.out.affinity = network.patch_affinity(tokens.queries, tokens.keys, tokens.prefix)
+                with autocast(recipe.train.precision, device):
+                    loss = HaafSupervision(replace(recipe, affinity=config))(shared)["haaf"]
+                for group in optimisers[name].param_groups:
+                    group["lr"] = config.haaf_lr * learning_rate_factor(recipe, index)
+                optimisers[name].zero_grad()
+                loss.backward()
+                optimisers[name].step()
+            if progress:
+                progress(index + 1, steps)
+    finally:
+        network.affinity_config, network.haaf = before[:2]
+        network.train(before[2])
+    return found
+
+
+def compare_supervisions(
+    network: Network, recipe: Recipe, variants: Mapping[str, Mapping[str, Any]],
+    datasets: Sequence[SegmentationDataset], *, steps: int, progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """What each way to train HAAF is worth on a trained network, beside every single layer and their uniform mean.
+
+    Args:
+        variants, steps: see `train_haaf`.
+        datasets: splits to measure on.
+        progress: called with (done, all) while HAAF is trained.
+
+    Returns:
+        One row per affinity; columns: `affinity`, mIoU of its map in percent per split, and the layers' weights
+        `layer 0` … (for HAAF the mean over the first images of the first split).
+    """
+    depth = network.backbone.depth
+    eye = depth * torch.eye(depth)
+    fixed = {"uniform mean": torch.ones(depth)} | {f"layer {k} alone": eye[k] for k in range(depth)}
+    rows = []
+
+    def add(name: str, shares: Tensor, **affinity: Any) -> None:
+        scores = {d.split: refined_miou(network, recipe, d, **affinity) for d in datasets}
+        rows.append({"affinity": name} | scores | {f"layer {k}": float(w) for k, w in enumerate(shares)})
+
+    add("no affinity", torch.full((depth,), torch.nan), kind="none")
+    for name, weights in fixed.items():
+        add(name, weights, weights=weights)
+    before, shown = network.haaf, samples(datasets[0], range(min(32, len(datasets[0]))), recipe.data.crop)[0]
+    try:
+        for name, haaf in train_haaf(network, recipe, variants, steps=steps, progress=progress).items():
+            network.haaf, affinity = haaf, {"kind": "haaf", **variants[name]}
+            with torch.no_grad(), other_affinity(network, recipe, **affinity):
+                output = network(shown.to(network.classifier.weight.device), segment=False, affinity=True)
+                weights = output.affinity.weights.mean(0)
+            add(f"HAAF, {name}", weights, **affinity)
+    finally:
+        network.haaf = before
+    return pd.DataFrame(rows)
 
 
 def samples(dataset: SegmentationDataset, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor, list[Tensor]]:

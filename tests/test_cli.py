@@ -34,6 +34,13 @@ def test_train_evaluate_predict_and_pseudo_labels(run, tmp_path, capsys):
     assert len(list((tmp_path / "labels").glob("*.png"))) == 4
 
 
+def test_haaf_writes_its_table_and_figure(run, tmp_path, capsys):
+    assert main(["haaf", str(run), "--steps", "2", "--splits", "val", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "| HAAF, ncut" in capsys.readouterr().out
+    assert (tmp_path / "haaf.csv").read_text().startswith("affinity,val,layer 0")
+    assert (tmp_path / "haaf.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -67,8 +74,8 @@ def test_recipe_prints_what_a_recipe_file_reads(tmp_path, capsys):
 
 
 def test_help_of_every_command(capsys):
-    commands = "workbook train evaluate predict pseudo-labels submission data recipe tables bench pretrain"
-    for command in commands.split():
+    commands = "workbook train evaluate predict pseudo-labels submission data recipe study haaf tables bench gpu"
+    for command in [*commands.split(), "pretrain"]:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0 and "usage" in capsys.readouterr().out

@@ -93,6 +93,18 @@ def test_layer_weights_above_single_layers():
     assert len(figures.layer_weights(weights)) == 1
 
 
+def test_supervisions_are_sorted_and_marked_against_the_best_layer():
+    table = pd.DataFrame({
+        "affinity": ["no affinity", "uniform mean", "layer 0 alone", "layer 1 alone", "HAAF, a", "HAAF, b"],
+        "val": [10.0, 20, 18, 25, 19, 26], "layer 0": [None, 1, 2, 0, 1.5, 0.2], "layer 1": [None, 1, 0, 2, 0.5, 1.8],
+    })  # fmt: skip
+    top, heat, right = figures.supervisions(table, "val")
+    assert [bar.get_height() for bar in top.patches] == [18, 25]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["b", "a"]
+    assert [bar.get_width() for bar in right.patches] == [26, 19]
+    assert [line.get_xdata()[0] for line in right.lines] == [20, 25]
+
+
 def test_learning_curves_skip_terms_a_run_lacks(tmp_path):
     history = pd.DataFrame({"step": [1, 2, 3], "lr": [1.0, 2.0, 3.0], "seconds": 1.0, "cls": [3.0, 2.0, 1.0]})
     history.assign(seg=[None, 5.0, 4.0]).to_csv(tmp_path / "history.csv", index=False)

@@ -6,7 +6,7 @@ import torch
 
 from ssepa_lib import study
 from ssepa_lib.errors import UserError
-from ssepa_lib.tables import paired_differences, table_3
+from ssepa_lib.tables import paired_differences, summary, table_3
 from ssepa_lib.training import load_run
 
 TINY = {
@@ -23,7 +23,7 @@ SPLITS = {"train": {"images": 4, "products": ("pseudo_label",)}, "val": {"images
 def study_runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSEPA_RESULTS", str(tmp_path_factory.mktemp("results")))
-        yield study.run_study("shapes", METHODS, [0, 1], splits=SPLITS, steps=2, changes=TINY)
+        yield study.run_study("shapes", METHODS, [0, 1], splits=SPLITS, steps=2, arms={"": TINY})
 
 
 def test_rows(study_runs):
@@ -49,9 +49,18 @@ def test_a_second_call_reads_what_is_there(study_runs):
     folder = study.run_folder("shapes", "ssepa", 0)
     files = [folder / name for name in ("weights.safetensors", "metrics.json", "history.csv")]
     before = [path.stat().st_mtime_ns for path in files]
-    again = study.run_study("shapes", METHODS, [0, 1], splits=SPLITS, steps=2, changes=TINY)
+    again = study.run_study("shapes", METHODS, [0, 1], splits=SPLITS, steps=2, arms={"": TINY})
     assert [path.stat().st_mtime_ns for path in files] == before
     pd.testing.assert_frame_equal(again.drop(columns="settings"), study_runs.drop(columns="settings"))
+
+
+def test_an_arm_is_a_run_of_its_own_unless_its_recipe_is_there(study_runs):
+    arms = {"as it is": TINY, "no contrast": TINY | {"losses.ptc": 0.0, "losses.ctc": 0.0}}
+    table = study.run_study("shapes", ["toco"], [0], splits={"val": {"images": 4}}, steps=2, arms=arms)
+    assert table.set_index("variant")["run"].to_dict() == {
+        "as it is": "toco-seed0", "no contrast": "toco-no-contrast-seed0",
+    }  # fmt: skip
+    assert list(summary(table, ["variant"], ["cam"])["variant"]) == list(arms)
 
 
 def test_another_setting_is_evaluated_again(study_runs):
@@ -85,6 +94,24 @@ def test_another_affinity_for_a_while(study_runs):
     assert list(alone.index) == [0, 1]
     assert alone[0] == study.refined_miou(network, recipe, dataset, weights=first)
     assert study.refined_miou(network, recipe, dataset, kind="none") >= 0
+
+
+def test_haaf_is_trained_alone_and_the_network_stays(study_runs):
+    network, recipe = load_run(study.run_folder("shapes", "toco", 0), "cpu")
+    before, config = {k: v.clone() for k, v in network.state_dict().items()}, network.affinity_config
+    variants = {"cut": {"supervision": "ncut"}, "raw": {"supervision": "cls", "source": "logits"}}
+    table = study.compare_supervisions(network, recipe, variants, [study.split_of(recipe, "val", 4)], steps=3)
+    assert network.haaf is None and network.affinity_config is config and not network.training
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    table = table.set_index("affinity")
+    alone = [f"layer {k} alone" for k in range(2)]
+    assert list(table.index) == ["no affinity", "uniform mean", *alone, "HAAF, cut", "HAAF, raw"]
+    assert table["val"].between(0, 100).all()
+    assert table.loc["no affinity", "val"] == study.refined_miou(
+        network, recipe, study.split_of(recipe, "val", 4), kind="none"
+    )
+    weights = table.loc["HAAF, cut", ["layer 0", "layer 1"]].astype(float)
+    assert weights.sum() == pytest.approx(2, abs=1e-4) and abs(weights.iloc[0] - 1) > 1e-3, "it has learned something"
 
 
 def test_memory_of_the_strategies_is_ordered(study_runs):
