@@ -411,7 +411,7 @@ def attention_strip(statistics: Mapping[str, pd.DataFrame], value: str = "entrop
         value: `entropy`, `distance` or `class_mass`.
     """
     ax = _axes(ax, (8, 3.8))
-    table = pd.concat([t.assign(run=run) for run, t in statistics.items()])
+    table = pd.concat([t.assign(run=run) for run, t in statistics.items()], ignore_index=True)
     dodge = len(statistics) > 1
     colours = sns.color_palette(n_colors=len(statistics))
     sns.stripplot(

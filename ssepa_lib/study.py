@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssepa_lib.affinity import HAAF, PatchAffinity
-from ssepa_lib.analysis import affinity_map_bytes, peak_memory, saved_activation_bytes
+from ssepa_lib.analysis import affinity_map_bytes, attention_statistics, peak_memory, saved_activation_bytes
 from ssepa_lib.backbone import BackboneOutput
 from ssepa_lib.datasets import SegmentationDataset, build_dataset
 from ssepa_lib.device import autocast, describe_device, resolve_device
@@ -29,7 +29,7 @@ from ssepa_lib.paths import results_root
 from ssepa_lib.recipe import Recipe, load_recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
 from ssepa_lib.training import OnStep, is_finished, learning_rate_factor, load_run, train
-from ssepa_lib.transforms import train_loader
+from ssepa_lib.transforms import eval_batches, train_loader
 
 
 def environment(device: torch.device | str) -> str:
@@ -290,6 +290,12 @@ def compare_supervisions(
     finally:
         network.haaf = before
     return pd.DataFrame(rows)
+
+
+def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.DataFrame:
+    """`analysis.attention_statistics` over a data set at the recipe's evaluation size."""
+    pictures = (batch[1] for batch in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch))
+    return attention_statistics(network, pictures, network.classifier.weight.device)
 
 
 def samples(dataset: SegmentationDataset, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor, list[Tensor]]:

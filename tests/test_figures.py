@@ -130,6 +130,8 @@ def test_attention_strip_shows_every_head():
     means = [list(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 3]
     assert means == [[0.5, 1.5, 2.5]] * 2
     assert "nats" in ax.get_ylabel() and legend_texts(ax) == ["ToCo", "FSR"]
+    without = figures.attention_strip({"ToCo": table, "FSR": table.assign(class_mass=float("nan"))}, "class_mass")
+    assert sum(np.ma.masked_invalid(points.get_offsets()[:, 1]).count() for points in without.collections) == 6
 
 
 def test_memory_bars_stand_beside_the_published():
