@@ -255,6 +255,8 @@ class Recipe:
         """Ten hex digits that change whenever the trained result could (not for logging, loading or evaluation)."""
         content = asdict(self)
         content.pop("name"), content.pop("eval")
+        if not self.self_reinforced:
+            content.pop("reinforce")
         content["data"] = {k: v for k, v in content["data"].items() if k not in _NOT_TRAINED}
         content["train"] = {k: v for k, v in content["train"].items() if k not in ("log_every", "save_every")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]

@@ -64,3 +64,6 @@ def test_round_trip_and_hash(tmp_path):
     assert load_recipe("voc/ssepa", {"train.steps": 501}).hash() != recipe.hash()
     assert load_recipe("voc/ssepa", {"train.steps": 500, "data.workers": 0, "data.root": "x"}).hash() == recipe.hash()
     assert load_recipe("voc/toco").hash() == load_recipe("voc/ssepa_no_affinity").hash()
+    masks = {"reinforce.mask_ratio": 0.2}  # of no effect without self-reinforcement
+    assert load_recipe("voc/toco", masks).hash() == load_recipe("voc/toco").hash()
+    assert load_recipe("voc/fsr", masks).hash() != load_recipe("voc/fsr").hash()
