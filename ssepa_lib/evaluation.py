@@ -177,7 +177,7 @@ class _Pass:
     @torch.no_grad()
     def batch(self, ids, images: Tensor, labels: Tensor, masks) -> Iterator[tuple]:
         """Score one batch; yields the CRF jobs it causes, in the order of `self.waiting`."""
-        _require_masks(ids, masks, self.dataset)
+        require_masks(ids, masks, self.dataset)
         images, labels = images.to(self.device), labels.to(self.device)
         maps, cams = self._forward(images, labels)
         pseudo = None
@@ -187,7 +187,7 @@ class _Pass:
             mask = mask.to(self.device)
             present = labels[i].nonzero().flatten()
             for product, curve in self.curves.items():
-                curve.update(*_strongest(cams[product][i], present, mask.shape), mask)
+                curve.update(*strongest(cams[product][i], present, mask.shape), mask)
             if pseudo is not None:
                 label = F.interpolate(pseudo[i][None, None].float(), size=mask.shape, mode="nearest")[0, 0]
                 self.labels["pseudo_label"].update(label, mask)
@@ -229,7 +229,8 @@ class _Pass:
         self.labels[product].update(channels[torch.as_tensor(refined).argmax(0).to(self.device)], mask)
 
 
-def _require_masks(ids: Sequence[str], masks: Sequence[Tensor | None], dataset: SegmentationDataset) -> None:
+def require_masks(ids: Sequence[str], masks: Sequence[Tensor | None], dataset: SegmentationDataset) -> None:
+    """Raise a UserError that names the first image without a mask."""
     for id, mask in zip(ids, masks, strict=True):
         if mask is None:
             raise UserError(
@@ -238,7 +239,7 @@ def _require_masks(ids: Sequence[str], masks: Sequence[Tensor | None], dataset: 
             )
 
 
-def _strongest(cam: Tensor, present: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def strongest(cam: Tensor, present: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Largest value and its class id (1..C) [H, W] among the classes present, resized to `size`."""
     if not len(present):
         return cam.new_zeros(tuple(size)), present.new_ones(tuple(size))

@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from ssepa_lib.affinity import HAAF, PatchAffinity
 from ssepa_lib.analysis import affinity_map_bytes, attention_statistics, peak_memory, saved_activation_bytes
 from ssepa_lib.backbone import BackboneOutput
+from ssepa_lib.cam import multi_scale_cam
 from ssepa_lib.datasets import SegmentationDataset, build_dataset
 from ssepa_lib.device import autocast, describe_device, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import PRODUCTS, SEGMENTATION, evaluate, write_metrics
+from ssepa_lib.evaluation import (
+    PRODUCTS,
+    SEGMENTATION,
+    ThresholdConfusion,
+    evaluate,
+    require_masks,
+    strongest,
+    write_metrics,
+)
 from ssepa_lib.network import Network
 from ssepa_lib.objectives import HaafSupervision, Step
 from ssepa_lib.paths import results_root
@@ -171,38 +180,72 @@ class LayerWeights(nn.Module):
 
 @contextmanager
 def other_affinity(
-    network: Network, recipe: Recipe, weights: Tensor | None = None, **changes: Any
+    network: Network, recipe: Recipe, weights: Tensor | nn.Module | None = None, **changes: Any
 ) -> Iterator[tuple[Network, Recipe]]:
     """A trained network under another affinity for a while: by default the uniform mean of all layers.
 
     Args:
-        weights: fixed layer weights [K]; None: uniform, or the trained HAAF with `kind="haaf"`.
+        weights: fixed layer weights [K], or a HAAF; None: uniform, or the network's own HAAF with `kind="haaf"`.
         changes: fields of `AffinityConfig` (kind, source, steps, …).
     """
     config = replace(recipe.affinity, **{"kind": "mean", "supervision": "none"} | changes)
     before = network.affinity_config, network.haaf
     network.affinity_config = config
-    if config.kind != "haaf":
-        network.haaf = None if weights is None else LayerWeights(weights).to(network.classifier.weight.device)
+    if isinstance(weights, Tensor):
+        weights = LayerWeights(weights).to(network.classifier.weight.device)
+    if weights is not None or config.kind != "haaf":
+        network.haaf = weights
     try:
         yield network, replace(recipe, affinity=config)
     finally:
         network.affinity_config, network.haaf = before
 
 
+@torch.no_grad()
+def refined_mious(
+    network: Network, recipe: Recipe, dataset: SegmentationDataset, variants: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """mIoU (percent) of the CAM at scale 1 under several affinities, from one pass over the data set.
+
+    Args:
+        variants: name → arguments of `other_affinity`; `kind="none"` leaves the CAM as it is.
+    """
+    device, training = network.classifier.weight.device, network.training
+    cam = replace(recipe.cam, scales=[1.0], flip=False)
+    curves = {name: ThresholdConfusion(dataset.classes, [cam.background], device) for name in variants}
+    network.eval()
+    for ids, images, labels, masks in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch):
+        require_masks(ids, masks, dataset)
+        images, labels = images.to(device), labels.to(device)
+        with autocast(recipe.train.precision, device):
+            output = network(images, segment=False, affinity=True)
+            tokens = output.affinity
+            for name, variant in variants.items():
+                with other_affinity(network, recipe, **variant) as (changed, other):
+                    output.affinity = changed.patch_affinity(tokens.queries, tokens.keys, tokens.prefix)
+                    refined = other.affinity.kind != "none"
+                    maps = multi_scale_cam(changed, images, labels, cam, affinity=refined, first=output).best
+                for scores, label, mask in zip(maps, labels, masks, strict=True):
+                    mask = mask.to(device)
+                    curves[name].update(*strongest(scores, label.nonzero().flatten(), mask.shape), mask)
+    network.train(training)
+    return {name: curve.at(cam.background).miou for name, curve in curves.items()}
+
+
 def refined_miou(network: Network, recipe: Recipe, dataset: SegmentationDataset, **affinity: Any) -> float:
-    """mIoU (percent) of the CAM under another affinity (see `other_affinity`; `kind="none"`: as it is)."""
-    with other_affinity(network, recipe, **affinity) as (changed, changed_recipe):
-        product = "cam" if changed_recipe.affinity.kind == "none" else "refined_cam"
-        device = network.classifier.weight.device
-        return evaluate(changed, changed_recipe, dataset, device=device, products=(product,))["miou"][product]
+    """`refined_mious` of a single affinity."""
+    return refined_mious(network, recipe, dataset, {"": affinity})[""]
+
+
+def layers_alone(depth: int) -> dict[str, dict[str, Tensor]]:
+    """Arguments of `other_affinity` that use one layer only, by name."""
+    return {f"layer {k} alone": {"weights": row} for k, row in enumerate(depth * torch.eye(depth))}
 
 
 def single_layers(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.Series:
     """mIoU (percent) of the CAM refined by one layer at a time, index layer."""
-    depth = network.backbone.depth
-    weights = depth * torch.eye(depth)
-    return pd.Series({k: refined_miou(network, recipe, dataset, weights=weights[k]) for k in range(depth)}, name="mIoU")
+    found = refined_mious(network, recipe, dataset, layers_alone(network.backbone.depth))
+    return pd.Series(list(found.values()), name="mIoU")
 
 
 def train_haaf(
@@ -268,28 +311,23 @@ def compare_supervisions(
         `layer 0` … (for HAAF the mean over the first images of the first split).
     """
     depth = network.backbone.depth
-    eye = depth * torch.eye(depth)
-    fixed = {"uniform mean": torch.ones(depth)} | {f"layer {k} alone": eye[k] for k in range(depth)}
-    rows = []
-
-    def add(name: str, shares: Tensor, **affinity: Any) -> None:
-        scores = {d.split: refined_miou(network, recipe, d, **affinity) for d in datasets}
-        rows.append({"affinity": name} | scores | {f"layer {k}": float(w) for k, w in enumerate(shares)})
-
-    add("no affinity", torch.full((depth,), torch.nan), kind="none")
-    for name, weights in fixed.items():
-        add(name, weights, weights=weights)
-    before, shown = network.haaf, samples(datasets[0], range(min(32, len(datasets[0]))), recipe.data.crop)[0]
-    try:
-        for name, haaf in train_haaf(network, recipe, variants, steps=steps, progress=progress).items():
-            network.haaf, affinity = haaf, {"kind": "haaf", **variants[name]}
-            with torch.no_grad(), other_affinity(network, recipe, **affinity):
-                output = network(shown.to(network.classifier.weight.device), segment=False, affinity=True)
-                weights = output.affinity.weights.mean(0)
-            add(f"HAAF, {name}", weights, **affinity)
-    finally:
-        network.haaf = before
-    return pd.DataFrame(rows)
+    found = train_haaf(network, recipe, variants, steps=steps, progress=progress)
+    learned = {f"HAAF, {name}": {"kind": "haaf", "weights": found[name], **variants[name]} for name in variants}
+    rows = {"no affinity": {"kind": "none"}, "uniform mean": {"weights": torch.ones(depth)}, **layers_alone(depth)}
+    rows |= learned
+    scores = {d.split: refined_mious(network, recipe, d, rows) for d in datasets}
+    shown = samples(datasets[0], range(min(32, len(datasets[0]))), recipe.data.crop)[0]
+    weights = {}
+    for name, affinity in rows.items():
+        with torch.no_grad(), other_affinity(network, recipe, **affinity):
+            output = network(shown.to(network.classifier.weight.device), segment=False, affinity=True)
+            weights[name] = output.affinity.weights.mean(0).tolist()
+    weights["no affinity"] = [float("nan")] * depth
+    columns = [f"layer {k}" for k in range(depth)]
+    return pd.DataFrame([
+        {"affinity": name} | {split: mious[name] for split, mious in scores.items()}
+        | dict(zip(columns, weights[name], strict=True)) for name in rows
+    ])  # fmt: skip
 
 
 def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import torch
 
 from ssepa_lib import study
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation import evaluate
 from ssepa_lib.tables import paired_differences, summary, table_3
 from ssepa_lib.training import load_run
 
@@ -94,6 +95,8 @@ def test_another_affinity_for_a_while(study_runs):
     assert list(alone.index) == [0, 1]
     assert alone[0] == study.refined_miou(network, recipe, dataset, weights=first)
     assert study.refined_miou(network, recipe, dataset, kind="none") >= 0
+    scored = evaluate(network, recipe, dataset, device="cpu", products=("refined_cam",))["miou"]["refined_cam"]
+    assert study.refined_miou(network, recipe, dataset, kind="haaf") == scored
 
 
 def test_haaf_is_trained_alone_and_the_network_stays(study_runs):
