@@ -32,6 +32,7 @@ def _counter(what: str, unit: str = "image"):
 
 
 def _line_per_row(row: dict[str, Any]) -> None:
+    """One line per row of the training history."""
     terms = "  ".join(
         f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "steps", "lr", "seconds", "seconds_left")
     )
@@ -39,12 +40,14 @@ def _line_per_row(row: dict[str, Any]) -> None:
 
 
 def workbook(args: argparse.Namespace) -> int:
+    """Run the notebooks and write the report."""
     from ssepa_lib.runner import run_workbook
 
     return run_workbook(args.preset, args.only, args.start, _pairs(args.parameter))
 
 
 def train(args: argparse.Namespace) -> int:
+    """Train a recipe into its run folder, or finish training it."""
     from ssepa_lib.paths import results_root
     from ssepa_lib.recipe import load_recipe
     from ssepa_lib.training import train as run
@@ -59,6 +62,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    """Score a run on a split; prints every product with its setting."""
     from ssepa_lib.evaluation import describe_setting
     from ssepa_lib.study import evaluate_run
 
@@ -77,6 +81,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
+    """Segment a folder of images."""
     from ssepa_lib.export import predict_folder
     from ssepa_lib.training import load_run
 
@@ -88,6 +93,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def pseudo_labels(args: argparse.Namespace) -> int:
+    """Write a split's pseudo-labels as palette PNGs."""
     from ssepa_lib.export import export_pseudo_labels
     from ssepa_lib.study import split_of
     from ssepa_lib.training import load_run
@@ -100,6 +106,7 @@ def pseudo_labels(args: argparse.Namespace) -> int:
 
 
 def submission(args: argparse.Namespace) -> int:
+    """Make the archive for the VOC server, or check one."""
     from ssepa_lib.datasets import VocDataset
     from ssepa_lib.export import export_submission, validate_submission
     from ssepa_lib.paths import voc_root
@@ -121,6 +128,7 @@ def submission(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
+    """Download, convert or verify data; `verify` returns 1 when something is missing."""
     from ssepa_lib import prepare
 
     if args.what == "verify":
@@ -140,6 +148,7 @@ def data(args: argparse.Namespace) -> int:
 
 
 def recipe(args: argparse.Namespace) -> int:
+    """Print a recipe in full, or the parts there are."""
     from omegaconf import OmegaConf
 
     from ssepa_lib.paths import RECIPES
@@ -157,6 +166,7 @@ def recipe(args: argparse.Namespace) -> int:
 
 
 def pretrain(args: argparse.Namespace) -> int:
+    """Pre-train the built-in data's ViT."""
     from ssepa_lib.pretrain import pretrain as run
 
     options = {"steps": args.steps} if args.steps else {}
@@ -165,6 +175,7 @@ def pretrain(args: argparse.Namespace) -> int:
 
 
 def tables(args: argparse.Namespace) -> int:
+    """Print the paper's tables beside the runs of a preset."""
     from ssepa_lib import tables as t
     from ssepa_lib.paths import results_root
 
@@ -175,6 +186,7 @@ def tables(args: argparse.Namespace) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
+    """Train and score methods over seeds; writes `tables/study.csv` and `.md` below the preset."""
     import pandas as pd
 
     from ssepa_lib import tables as t
@@ -232,12 +244,14 @@ def haaf(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
+    """Run benchmark suites."""
     from ssepa_lib.bench import run_suites
 
     return run_suites(args.suite, args.out, quick=args.quick, device=args.device)
 
 
 def gpu(args: argparse.Namespace) -> int:
+    """Check, measure and train on a GPU."""
     from ssepa_lib.gpu import run_gpu
 
     return run_gpu(args.out, args.minutes, data=args.data, weights=args.weights, dry_run=args.dry_run)
