@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
 from ssepa_lib.cam import multi_scale_cam
-from ssepa_lib.crf import crf_pool
+from ssepa_lib.crf import crf_pool, dense_crf
 from ssepa_lib.datasets import IGNORE, SegmentationDataset
 from ssepa_lib.device import autocast, describe_device
 from ssepa_lib.errors import UserError
@@ -155,6 +155,13 @@ def background_and_cam(cam: Tensor, label: Tensor, background: float, size: Sequ
         resized = F.interpolate(cam[None, present], size=tuple(size), mode="bilinear")[0]
         scores = torch.cat([scores, resized])
     return scores / scores.sum(0, keepdim=True), torch.cat([present.new_zeros(1), present + 1])
+
+
+def crf_labels(image: Tensor, cam: Tensor, label: Tensor, background: float) -> Tensor:
+    """Labels [H, W] (0..C) by a dense CRF from the CAMs [C, h, w] of the classes present; image [3, H, W] in 0..255."""
+    probabilities, channels = background_and_cam(cam, label, background, image.shape[-2:])
+    pixels = image.permute(1, 2, 0).round().clamp(0, 255).byte().contiguous().cpu().numpy()
+    return channels.cpu()[torch.as_tensor(dense_crf(pixels, probabilities.cpu().numpy())).argmax(0)]
 
 
 class _Pass:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ssepa_lib import evaluation
 from ssepa_lib.cam import cam_to_label, multi_scale_cam
+from ssepa_lib.crf import crf_available
 from ssepa_lib.datasets import SegmentationDataset, build_dataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import (
@@ -194,6 +195,17 @@ def test_classes_the_image_does_not_show_are_not_predicted_by_the_cam():
     result = evaluate(ColourNetwork(), recipe(), Wrong(), device="cpu", products=("cam", "segmentation"))
     assert result["per_class"]["cam"]["circle"] == 0
     assert result["per_class"]["segmentation"]["circle"] == 100
+
+
+@pytest.mark.skipif(not crf_available(), reason="pydensecrf2 is not installed")
+def test_crf_labels_follow_the_image_and_name_only_classes_present():
+    image = torch.zeros(3, 32, 32)
+    image[:, :, 16:] = 255  # the right half is one bright object
+    cam = torch.zeros(3, 8, 8)
+    cam[2, :, 3:] = 1.0  # and a little too wide in the map
+    cam[0] = 1.0  # absent from the label
+    labels = evaluation.crf_labels(image, cam, torch.tensor([0, 0, 1]), 0.4)
+    assert labels.unique().tolist() == [0, 3] and (labels[:, 16:] == 3).all() and (labels[:, :12] == 0).all()
 
 
 def test_crf_results_meet_their_own_masks(monkeypatch):
