@@ -1,4 +1,4 @@
-"""Making maps follow the image: pixel-adaptive refinement for training, dense CRF for inference."""
+"""Making maps follow the image: pixel-adaptive refinement."""
 
 from collections.abc import Iterator
 from math import hypot
@@ -6,10 +6,6 @@ from math import hypot
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ssepa_lib.crf import crf_available, crf_pool, dense_crf
-
-__all__ = ["PixelAdaptiveRefinement", "crf_available", "crf_pool", "dense_crf"]
 
 RING = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 
