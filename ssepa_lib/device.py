@@ -48,7 +48,8 @@ def describe_device(device: torch.device) -> str:
     """Name of the GPU, or the processor with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.processor() or platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def rank_and_world() -> tuple[int, int]:
