@@ -48,8 +48,8 @@ def bilateral_filter(image: Tensor, values: Tensor, sigma_xy: float, sigma_rgb: 
 def _all_pairs(features: Tensor, values: Tensor) -> Tensor:
     """Gaussian sums of values [P, K] between features [5, P], a block of rows at a time."""
     features = features.T.contiguous()
-    # no matrix product for the distances: it would cancel digits, the more so in TF32
-    distance = partial(torch.cdist, x2=features, compute_mode="donot_use_mm_for_euclid_dist")
+    features = features - features.mean(0)  # so that the matrix product in the distances cancels few digits
+    distance = partial(torch.cdist, x2=features, compute_mode="use_mm_for_euclid_dist")
     blocks = features.split(max(1, 2**24 // len(features)))
     # e⁻⁸⁰ is the smallest weight, as below it products would become denormal
     return torch.cat([distance(b).square_().mul_(-0.5).clamp_(min=-80).exp_() @ values for b in blocks])
