@@ -27,7 +27,7 @@ test: $(READY)  ## run the tests (VOC_ROOT and SSEPA_WEIGHTS, if set, add those 
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
-	@$(PY) -m jupyter lab --notebook-dir=. notebooks $(ARGS)
+	@$(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 lint: $(READY)  ## check style and strip notebook outputs
 	@$(PY) -m ruff check . && $(PY) -m nbstripout notebooks/*.ipynb
