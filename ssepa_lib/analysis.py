@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.network import Network
+from ssepa_lib.network import Network, evaluating
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,19 +83,17 @@ def attention_statistics(network: Network, batches: Iterable[Tensor], device: to
     import pandas as pd  # here, so that counting memory does not need it
 
     backbone, images, total = network.backbone, 0, None
-    training = network.training
-    network.eval()
-    for batch in batches:
-        out = backbone(batch.to(device), capture=True)
-        distances = patch_distances(out.grid, backbone.patch_size).to(device)
-        sums = [
-            sum(map_statistics(attention, distances, out.prefix) for attention in layer_maps(q, k))
-            for q, k in zip(out.queries, out.keys, strict=True)
-        ]
-        sums = torch.stack(sums).double().cpu()  # [K, H, 3]
-        total = sums if total is None else total + sums
-        images += len(batch)
-    network.train(training)
+    with evaluating(network):
+        for batch in batches:
+            out = backbone(batch.to(device), capture=True)
+            distances = patch_distances(out.grid, backbone.patch_size).to(device)
+            sums = [
+                sum(map_statistics(attention, distances, out.prefix) for attention in layer_maps(q, k))
+                for q, k in zip(out.queries, out.keys, strict=True)
+            ]
+            sums = torch.stack(sums).double().cpu()  # [K, H, 3]
+            total = sums if total is None else total + sums
+            images += len(batch)
     if total is None:
         raise UserError("attention statistics need at least one image; the data set is empty.")
     mean = (total / images).tolist()

@@ -165,10 +165,10 @@ def interleaved(functions: dict[str, Callable[[], object]], setup: Setup) -> dic
         if turn > 2 and time.perf_counter() > stop:
             break
         for name, function in functions.items():
-            _wait(setup.device)
+            wait(setup.device)
             began = time.perf_counter()
             function()
-            _wait(setup.device)
+            wait(setup.device)
             if turn:
                 times[name].append(time.perf_counter() - began)
     return times
@@ -179,7 +179,8 @@ def pairwise(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what is queued; a processor always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -419,7 +420,7 @@ def idle_share(setup: Setup, workers: int, steps: int) -> float:
         batch = next(batches)
         waited += time.perf_counter() - asked
         dense_step(trainer, batch)
-        _wait(setup.device)  # so that waiting is never hidden behind queued work: an upper bound
+        wait(setup.device)  # so that waiting is never hidden behind queued work: an upper bound
     return waited / (time.perf_counter() - began)
 
 

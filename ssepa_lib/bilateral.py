@@ -70,7 +70,7 @@ def _grid(features: Tensor, values: Tensor) -> Tensor:
     count = torch.arange(draws * pixels, dtype=torch.float64, device=values.device)
     offsets = torch.stack([count.mul(GOLDEN**-k).remainder_(1).float() for k in range(1, 11)])
     index = node((where.repeat(1, draws) + offsets[:5] + offsets[5:] - 1).round())
-    values = values.where(values > TINY, 0)
+    values = values.where(values.abs() > TINY, 0)
     grid = values.new_zeros(prod(shape), channels).index_add_(0, index, (values / draws).repeat(draws, 1))
     # blur, back and forth between two buffers; a quadratic B-spline has variance 1/4
     spare = torch.empty_like(grid)

@@ -24,6 +24,7 @@ from ssepa_lib.crf import crf_pool, dense_crf
 from ssepa_lib.datasets import IGNORE, SegmentationDataset
 from ssepa_lib.device import autocast, describe_device
 from ssepa_lib.errors import UserError
+from ssepa_lib.network import evaluating
 from ssepa_lib.pseudo_labels import single_threshold_labels
 from ssepa_lib.recipe import CamConfig, Recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
@@ -351,7 +352,7 @@ def evaluate(
         raise UserError(f"split '{dataset.split}' of {dataset.name} is empty; check its list of images.")
     cam = recipe.cam if cam_scales == "ms" else replace(recipe.cam, scales=[1.0], flip=False)
     grid = sorted({*thresholds, cam.background})
-    training, network = network.training, network.to(device).eval()
+    network = network.to(device)
     run = _Pass(network, recipe, dataset, products, modes, cam, grid, device)
 
     def jobs() -> Iterator:
@@ -360,12 +361,12 @@ def evaluate(
             if progress:
                 progress(run.done, len(dataset))
 
-    if "segmentation_ms_crf" in run.labels or "pseudo_label_crf" in run.labels:
-        for refined in crf_pool(jobs(), processes or os.cpu_count() or 1):
-            run.collect(refined)
-    else:
-        deque(jobs(), maxlen=0)
-    network.train(training)
+    with evaluating(network):
+        if "segmentation_ms_crf" in run.labels or "pseudo_label_crf" in run.labels:
+            for refined in crf_pool(jobs(), processes or os.cpu_count() or 1):
+                run.collect(refined)
+        else:
+            deque(jobs(), maxlen=0)
 
     confusions = {p: curve.at(cam.background) for p, curve in run.curves.items()} | run.labels
     setting = _settings(recipe, dataset, cam, cam_scales, device)

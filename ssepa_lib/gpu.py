@@ -134,8 +134,7 @@ def _steps_that_fit(recipe: Recipe, setup: Setup, seconds: float) -> int:
         if number == 4:  # workers and kernels are warm
             began = time.perf_counter()
         bench.dense_step(trainer, next(batches))
-        if setup.gpu:
-            torch.cuda.synchronize()
+        bench.wait(setup.device)
     each = (time.perf_counter() - began) / 8
     return int(min(4000, max(20, 0.75 * seconds / each)))
 

@@ -3,7 +3,8 @@
 Source: ToCo (CVPR 2023), Section 3.1 and its Appendix; SS-EPA, Figure 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +151,17 @@ def optimiser_groups(module: nn.Module, lr: float, optim: OptimConfig) -> list[d
             (spared if plain else decayed).append(parameter)
     groups = ((decayed, optim.weight_decay), (spared, 0.0))
     return [{"params": params, "lr": lr, "weight_decay": decay} for params, decay in groups if params]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards the mode that was, also after an error."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def build_network(recipe: Recipe, classes: Sequence[str]) -> Network:

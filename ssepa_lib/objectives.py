@@ -22,7 +22,7 @@ from ssepa_lib.losses import (
     patch_token_contrast,
     segmentation_loss,
 )
-from ssepa_lib.network import Network, NetworkOutput, ProjectionHead
+from ssepa_lib.network import Network, NetworkOutput, ProjectionHead, evaluating
 from ssepa_lib.pseudo_labels import token_labels, two_threshold_labels
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
@@ -63,12 +63,9 @@ class Step:
     def cams(self) -> Cams:
         stochastic = self.recipe.model.drop_path > 0  # then the training pass is not the inference pass
         first = None if stochastic else self.out
-        training = self.network.training
-        self.network.eval()
-        cams = multi_scale_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
-                               affinity=self.with_affinity, first=first)  # fmt: skip
-        self.network.train(training)
-        return cams
+        with evaluating(self.network):
+            return multi_scale_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
+                                   affinity=self.with_affinity, first=first)  # fmt: skip
 
     @cached_property
     def pseudo_label(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssepa_lib.cam import Cams, normalise_cam, valid_cam
 from ssepa_lib.losses import dense_energy, segmentation_loss
-from ssepa_lib.network import Network
+from ssepa_lib.network import Network, evaluating
 from ssepa_lib.objectives import Segmentation, Step
 from ssepa_lib.pseudo_labels import IGNORE, inside
 from ssepa_lib.recipe import CamConfig, Recipe
@@ -132,11 +132,9 @@ def reference_labels(image: Tensor, cam: Tensor, label: Tensor, box: Tensor, con
 class _ReferenceStep(Step):
     @cached_property
     def cams(self) -> Cams:
-        self.network.eval()
-        cams = reference_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
-                             affinity=self.with_affinity)  # fmt: skip
-        self.network.train()
-        return cams
+        with evaluating(self.network):
+            return reference_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
+                                 affinity=self.with_affinity)  # fmt: skip
 
     @cached_property
     def pseudo_label(self) -> Tensor:

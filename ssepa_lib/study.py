@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from ssepa_lib.evaluation import (
     strongest,
     write_metrics,
 )
-from ssepa_lib.network import Network
+from ssepa_lib.network import Network, evaluating
 from ssepa_lib.objectives import HaafSupervision, Step
 from ssepa_lib.paths import results_root
 from ssepa_lib.recipe import Recipe, load_recipe
@@ -210,25 +209,24 @@ def refined_mious(
     Args:
         variants: name → arguments of `other_affinity`; `kind="none"` leaves the CAM as it is.
     """
-    device, training = network.classifier.weight.device, network.training
+    device = network.classifier.weight.device
     cam = replace(recipe.cam, scales=[1.0], flip=False)
     curves = {name: ThresholdConfusion(dataset.classes, [cam.background], device) for name in variants}
-    network.eval()
-    for ids, images, labels, masks in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch):
-        require_masks(ids, masks, dataset)
-        images, labels = images.to(device), labels.to(device)
-        with autocast(recipe.train.precision, device):
-            output = network(images, segment=False, affinity=True)
-            tokens = output.affinity
-            for name, variant in variants.items():
-                with other_affinity(network, recipe, **variant) as (changed, other):
-                    output.affinity = changed.patch_affinity(tokens.queries, tokens.keys, tokens.prefix)
-                    refined = other.affinity.kind != "none"
-                    maps = multi_scale_cam(changed, images, labels, cam, affinity=refined, first=output).best
-                for scores, label, mask in zip(maps, labels, masks, strict=True):
-                    mask = mask.to(device)
-                    curves[name].update(*strongest(scores, label.nonzero().flatten(), mask.shape), mask)
-    network.train(training)
+    with evaluating(network):
+        for ids, images, labels, masks in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch):
+            require_masks(ids, masks, dataset)
+            images, labels = images.to(device), labels.to(device)
+            with autocast(recipe.train.precision, device):
+                output = network(images, segment=False, affinity=True)
+                tokens = output.affinity
+                for name, variant in variants.items():
+                    with other_affinity(network, recipe, **variant) as (changed, other):
+                        output.affinity = changed.patch_affinity(tokens.queries, tokens.keys, tokens.prefix)
+                        refined = other.affinity.kind != "none"
+                        maps = multi_scale_cam(changed, images, labels, cam, affinity=refined, first=output).best
+                    for scores, label, mask in zip(maps, labels, masks, strict=True):
+                        mask = mask.to(device)
+                        curves[name].update(*strongest(scores, label.nonzero().flatten(), mask.shape), mask)
     return {name: curve.at(cam.background).miou for name, curve in curves.items()}
 
 
@@ -263,35 +261,33 @@ def train_haaf(
     """
     device, depth = network.classifier.weight.device, network.backbone.depth
     recipe = replace(recipe, train=replace(recipe.train, steps=steps), losses=replace(recipe.losses, switch=0.0))
-    configs = {name: replace(recipe.affinity, kind="haaf", **changes) for name, changes in variants.items()}
-    torch.manual_seed(recipe.train.seed)
-    found = {name: HAAF(depth, config.hidden).to(device) for name, config in configs.items()}
-    optimisers = {name: torch.optim.AdamW(found[name].parameters(), c.haaf_lr) for name, c in configs.items()}
     par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
-    before, dataset = (network.affinity_config, network.haaf, network.training), build_dataset(recipe.data, "train")
-    try:
-        for index, batch in enumerate(train_loader(dataset, recipe)):
-            network.haaf, network.affinity_config = None, replace(recipe.affinity, kind="mean", supervision="none")
-            shared = Step(network, replace(recipe, affinity=network.affinity_config), batch.to(device), index, par,
-                          torch.Generator().manual_seed(index))  # fmt: skip
-            with torch.no_grad(), autocast(recipe.train.precision, device):
-                network.eval()
-                tokens = shared.out.affinity
-            for name, config in configs.items():
-                network.haaf, network.affinity_config = found[name], config
-                shared.out.affinity = network.patch_affinity(tokens.queries, tokens.keys, tokens.prefix)
-                with autocast(recipe.train.precision, device):
-                    loss = HaafSupervision(replace(recipe, affinity=config))(shared)["haaf"]
-                for group in optimisers[name].param_groups:
-                    group["lr"] = config.haaf_lr * learning_rate_factor(recipe, index)
-                optimisers[name].zero_grad()
+    torch.manual_seed(recipe.train.seed)
+    found, updates = {}, {}
+    for name, changes in variants.items():
+        config = replace(recipe.affinity, kind="haaf", **changes)
+        found[name] = HAAF(depth, config.hidden).to(device)
+        optimizer = torch.optim.AdamW(found[name].parameters(), config.haaf_lr)
+        curve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, step))
+        updates[name] = optimizer, curve
+    with evaluating(network):
+        for index, batch in enumerate(train_loader(build_dataset(recipe.data, "train"), recipe)):
+            with other_affinity(network, recipe) as (plain, uniform):
+                shared = Step(plain, uniform, batch.to(device), index, par, torch.Generator().manual_seed(index))
+                with torch.no_grad(), autocast(recipe.train.precision, device):
+                    tokens = shared.out.affinity
+            for name, changes in variants.items():
+                with other_affinity(network, recipe, found[name], kind="haaf", **changes) as (changed, other):
+                    shared.out.affinity = changed.patch_affinity(tokens.queries, tokens.keys, tokens.prefix)
+                    with autocast(recipe.train.precision, device):
+                        loss = HaafSupervision(other)(shared)["haaf"]
+                optimizer, curve = updates[name]
+                optimizer.zero_grad()
                 loss.backward()
-                optimisers[name].step()
+                optimizer.step()
+                curve.step()
             if progress:
                 progress(index + 1, steps)
-    finally:
-        network.affinity_config, network.haaf = before[:2]
-        network.train(before[2])
     return found
 
 
@@ -351,7 +347,6 @@ def affinity_memory(tokens: BackboneOutput, cam: Tensor, strategy: str) -> dict[
         `stacked maps, MB` (formula), `peak, MB` (without gradient, as in training) and `kept for gradient, MB` (what
         autograd would save if a gradient passed through the maps).
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages drown a notebook
     heads, device = tokens.queries[0].shape[1], cam.device
     maps = affinity_map_bytes(len(cam), cam.shape[1] + tokens.prefix, len(tokens.queries), heads, strategy)
 
