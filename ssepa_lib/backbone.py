@@ -80,7 +80,7 @@ class Backbone(nn.Module):
             raise UserError(f"model.aux_block is {config.aux_block} but '{config.backbone}' has {self.depth} blocks.")
         self.aux_block = config.aux_block % self.depth
         self.patch_size: tuple[int, int] = self.vit.patch_embed.patch_size
-        self.drop_prefix = config.aggregator != "class_token"
+        self.drop_prefix = config.aggregator != "class_token" and not config.keep_class_token
         self.prefix = 0 if self.drop_prefix else self.vit.num_prefix_tokens
         self.checkpointing = checkpointing
         cfg = self.vit.pretrained_cfg

@@ -61,19 +61,18 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _inference(args: argparse.Namespace) -> tuple[str, ...]:
+    """Ways of inference behind --ms and --crf."""
+    return ("raw", *(["ms"] if args.ms or args.crf else []), *(["crf"] if args.crf else []))
+
+
 def evaluate(args: argparse.Namespace) -> int:
     """Score a run on a split; prints every product with its setting."""
     from ssepa_lib.evaluation import describe_setting
     from ssepa_lib.study import evaluate_run
 
-    modes = ("raw", *(["ms"] if args.ms or args.crf else []), *(["crf"] if args.crf else []))
-    options: dict[str, Any] = {"segmentation": modes, "cam_scales": "ms" if args.ms or args.crf else "raw"}
-    if args.crf:
-        from ssepa_lib.evaluation import PRODUCTS
-
-        options["products"] = (*PRODUCTS, "pseudo_label_crf")
-    result = evaluate_run(args.run, args.split, images=args.images, device=args.device, progress=_counter(args.split),
-                          **options)  # fmt: skip
+    result = evaluate_run(args.run, args.split, images=args.images, device=args.device, inference=_inference(args),
+                          progress=_counter(args.split))  # fmt: skip
     for product, value in result["miou"].items():
         if value is not None:
             print(f"{product:22} {value:6.2f}  {describe_setting(result['setting'], product)}")
@@ -100,8 +99,8 @@ def pseudo_labels(args: argparse.Namespace) -> int:
 
     network, recipe = load_run(args.run, args.device)
     device = next(network.parameters()).device
-    print(export_pseudo_labels(network, recipe, split_of(recipe, args.split), args.out, device=device, crf=args.crf,
-                               progress=_counter("pseudo-labels")))  # fmt: skip
+    print(export_pseudo_labels(network, recipe, split_of(recipe, args.split), args.out, device=device,
+                               inference=args.inference, progress=_counter("pseudo-labels")))  # fmt: skip
     return 0
 
 
@@ -190,15 +189,14 @@ def study(args: argparse.Namespace) -> int:
     import pandas as pd
 
     from ssepa_lib import tables as t
-    from ssepa_lib.evaluation import PRODUCTS, SEGMENTATION, describe_setting
+    from ssepa_lib.evaluation import INFERENCE, PRODUCTS, describe_setting, product_names
     from ssepa_lib.study import preset_folder, run_study
 
-    options: dict[str, Any] = {"segmentation": ("raw", "ms") if args.ms else ("raw",)}
+    options: dict[str, Any] = {"inference": _inference(args)}
     runs = run_study(args.preset, args.methods, args.seeds, splits={split: options for split in args.splits},
                      steps=args.steps, device=args.device, run_name=args.run_name, arms={"": _pairs(args.set)},
                      progress=lambda label: print(label, flush=True) or _line_per_row)  # fmt: skip
-    products = [name for name in (*PRODUCTS, *SEGMENTATION.values()) if name in runs and runs[name].notna().any()]
-    products = list(dict.fromkeys(products))
+    products = [n for n in product_names(PRODUCTS, tuple(INFERENCE)) if n in runs and runs[n].notna().any()]
     folder, text = preset_folder(args.preset) / "tables", []
     for split, of_split in runs.groupby("split", sort=False):
         mean, paired = t.summary(of_split, ["method"], products), t.paired_differences(
@@ -270,6 +268,10 @@ def _parser() -> argparse.ArgumentParser:
     def device(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
+    def inference(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--ms", action="store_true", help="also several scales and mirror")
+        sub.add_argument("--crf", action="store_true", help="also the dense CRF after that")
+
     def run(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("run", type=Path, metavar="RUN", help="run folder, for example results/voc/ssepa-seed0")
         device(sub)
@@ -293,8 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     run(sub)
     sub.add_argument("--split", default="val")
     sub.add_argument("--images", type=int, default=0, help="only the first so many images")
-    sub.add_argument("--ms", action="store_true", help="also several scales and mirror")
-    sub.add_argument("--crf", action="store_true", help="also the dense CRF after that")
+    inference(sub)
 
     sub = add(predict, "segment a folder of your own images")
     run(sub)
@@ -306,7 +307,8 @@ def _parser() -> argparse.ArgumentParser:
     run(sub)
     sub.add_argument("--split", default="train")
     sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    sub.add_argument("--crf", action="store_true", help="dense CRF instead of pixel-adaptive refinement")
+    sub.add_argument("--inference", default="ms", choices=("raw", "ms", "crf"), help=(
+        "scale 1, several scales with mirror, or those with the dense CRF instead of pixel-adaptive refinement"))
 
     sub = add(submission, "make or check the archive for the VOC evaluation server")
     sub.add_argument("out", type=Path, metavar="ARCHIVE.tgz")
@@ -331,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     sub.add_argument("--splits", nargs="+", default=["val", "train"], metavar="SPLIT")
     sub.add_argument("--steps", type=int, default=0, help="length of each training; 0: what the recipe says")
-    sub.add_argument("--ms", action="store_true", help="also segmentation at several scales with mirror")
+    inference(sub)
     sub.add_argument("--run-name", default="", metavar="NAME", help="added to the folders' names")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every run")
     device(sub)

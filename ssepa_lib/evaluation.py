@@ -33,7 +33,7 @@ from ssepa_lib.transforms import eval_batches
 THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 MAPS = ("cam", "aux_cam", "refined_cam")
 PRODUCTS = (*MAPS, "pseudo_label", "segmentation")
-SEGMENTATION = {"raw": "segmentation", "ms": "segmentation_ms", "crf": "segmentation_ms_crf"}
+INFERENCE = {"raw": "", "ms": "_ms", "crf": "_ms_crf"}  # what each way of inference adds to a product's name
 
 
 class Confusion:
@@ -169,16 +169,17 @@ class _Pass:
     """One pass over a split: what is wanted, what has been counted, and which CRF results are still to come."""
 
     def __init__(
-        self, network, recipe: Recipe, dataset: SegmentationDataset, products, modes, cam: CamConfig, thresholds, device
+        self, network, recipe: Recipe, dataset: SegmentationDataset, products, inference, thresholds, device
     ):  # fmt: skip
-        self.network, self.recipe, self.dataset, self.cam, self.device = network, recipe, dataset, cam, device
+        self.network, self.recipe, self.dataset, self.device = network, recipe, dataset, device
         self.refine = recipe.affinity.kind != "none"
         self.source = "refined_cam" if self.refine else "cam"  # the map that pseudo-labels are made of
-        self.modes = modes if "segmentation" in products else ()
-        wanted = [p for p in products if p != "segmentation" and (p != "refined_cam" or self.refine)]
-        self.curves = {p: ThresholdConfusion(dataset.classes, thresholds, device) for p in wanted if p in MAPS}
-        self.labels = {p: Confusion(dataset.classes, device) for p in wanted if p not in MAPS}
-        self.labels |= {SEGMENTATION[mode]: Confusion(dataset.classes, device) for mode in self.modes}
+        names = [n for n in product_names(products, inference) if self.refine or not n.startswith("refined_cam")]
+        maps = [name for name in names if name.removesuffix(INFERENCE["ms"]) in MAPS]
+        self.curves = {name: ThresholdConfusion(dataset.classes, thresholds, device) for name in maps}
+        self.labels = {name: Confusion(dataset.classes, device) for name in names if name not in maps}
+        self.ways = [way for way in ("raw", "ms") if way in inference or (way == "ms" and "crf" in inference)]
+        self.cams = not all(name.startswith("segmentation") for name in names)
         self.par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
         self.scores, self.truth, self.waiting, self.done = [], [], deque(), 0
 
@@ -187,43 +188,54 @@ class _Pass:
         """Score one batch; yields the CRF jobs it causes, in the order of `self.waiting`."""
         require_masks(ids, masks, self.dataset)
         images, labels = images.to(self.device), labels.to(self.device)
-        maps, cams = self._forward(images, labels)
-        pseudo = None
-        if "pseudo_label" in self.labels:
-            pseudo = single_threshold_labels(images.float(), cams[self.source], labels, self.par, self.cam.background)
+        with autocast(self.recipe.train.precision, self.device):
+            output = self.network(images, segment="segmentation" in self.labels, affinity=self.refine)
+            found = {way: self._forward(way, output, images, labels) for way in self.ways}
+        self.scores.append(output.scores.float().cpu()), self.truth.append(labels.cpu())
         for i, mask in enumerate(masks):
-            mask = mask.to(self.device)
-            present = labels[i].nonzero().flatten()
-            for product, curve in self.curves.items():
-                curve.update(*strongest(cams[product][i], present, mask.shape), mask)
-            if pseudo is not None:
-                label = F.interpolate(pseudo[i][None, None].float(), size=mask.shape, mode="nearest")[0, 0]
-                self.labels["pseudo_label"].update(label, mask)
-            logits = {name: merge_scales([m[i : i + 1] for m in group], mask.shape)[0] for name, group in maps.items()}
-            for product in {"segmentation", "segmentation_ms"} & set(self.labels):
-                self.labels[product].update(logits[product].max(0).indices, mask)
-            if "segmentation_ms_crf" in self.labels:
-                channels = torch.arange(len(self.dataset.classes) + 1, device=self.device)
-                yield self._job("segmentation_ms_crf", logits["segmentation_ms"].softmax(0), channels, mask)
-            if "pseudo_label_crf" in self.labels:
-                found = background_and_cam(cams[self.source][i], labels[i], self.cam.background, mask.shape)
-                yield self._job("pseudo_label_crf", *found, mask)
+            for way, (logits, maps, pseudo) in found.items():
+                mine = ([m[i : i + 1] for m in logits], {name: m[i] for name, m in maps.items()}, pseudo[i : i + 1])
+                yield from self._count(way, *mine, labels[i], mask.to(self.device))
             self.done += 1
 
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-        """Segmentation logits before resizing (one map for raw, one per scale for MS) and valid CAMs [B, C, H, W]."""
-        maps, cams, config = {}, {}, self.recipe.eval
-        with autocast(self.recipe.train.precision, self.device):
-            output = self.network(images, segment="raw" in self.modes, affinity=self.refine)
-            if "raw" in self.modes:
-                maps["segmentation"] = [output.segmentation.float()]
-            if self.curves or {"pseudo_label", "pseudo_label_crf"} & set(self.labels):
-                found = multi_scale_cam(self.network, images, labels, self.cam, affinity=self.refine, first=output)
-                cams = {"cam": found.cam, "aux_cam": found.aux_cam, "refined_cam": found.refined}
-            if {"ms", "crf"} & set(self.modes):
-                maps["segmentation_ms"] = scale_logits(self.network, images, config.scales, config.flip)
-        self.scores.append(output.scores.float().cpu()), self.truth.append(labels.cpu())
-        return maps, cams
+    def _forward(self, way: str, output, images: Tensor, labels: Tensor) -> tuple[list[Tensor], dict, Tensor]:
+        """For one way of inference: logits before resizing, a map per scale; valid CAMs [B, C, H, W] by name; PAR's
+        pseudo-labels [B, H, W]. Empty where not wanted."""
+        config, suffix = self.recipe.eval, INFERENCE[way]
+        logits, maps, pseudo = [], {}, images.new_empty(0)
+        if way == "ms" and {"segmentation_ms", "segmentation_ms_crf"} & set(self.labels):
+            logits = scale_logits(self.network, images, config.scales, config.flip)
+        elif way == "raw" and "segmentation" in self.labels:
+            logits = [output.segmentation.float()]
+        if self.cams:
+            cam = cam_view(self.recipe.cam, way)
+            cams = multi_scale_cam(self.network, images, labels, cam, affinity=self.refine, first=output)
+            maps = {"cam": cams.cam, "aux_cam": cams.aux_cam, "refined_cam": cams.refined}
+            maps = {name: m for name, m in maps.items() if m is not None}
+            if "pseudo_label" + suffix in self.labels:
+                pseudo = single_threshold_labels(images.float(), cams.best.float(), labels, self.par, cam.background)
+        return logits, maps, pseudo
+
+    def _count(self, way, logits, maps, pseudo, label, mask: Tensor) -> Iterator[tuple]:
+        """Compare one image's products with its mask; yields what has to pass the CRF first."""
+        suffix, crf = INFERENCE[way], INFERENCE["crf"] if way == "ms" else None
+        present = label.nonzero().flatten()
+        for name, cam in maps.items():
+            if name + suffix in self.curves:
+                self.curves[name + suffix].update(*strongest(cam, present, mask.shape), mask)
+        if len(pseudo):
+            whole = F.interpolate(pseudo[None].float(), size=mask.shape, mode="nearest")[0, 0]
+            self.labels["pseudo_label" + suffix].update(whole, mask)
+        if logits:
+            merged = merge_scales(logits, mask.shape)[0]
+            if "segmentation" + suffix in self.labels:
+                self.labels["segmentation" + suffix].update(merged.max(0).indices, mask)
+            if crf and "segmentation" + crf in self.labels:
+                channels = torch.arange(len(merged), device=self.device)
+                yield self._job("segmentation" + crf, merged.softmax(0), channels, mask)
+        if crf and "pseudo_label" + crf in self.labels:
+            found = background_and_cam(maps[self.source], label, self.recipe.cam.background, mask.shape)
+            yield self._job("pseudo_label" + crf, *found, mask)
 
     def _job(self, product: str, probabilities: Tensor, channels: Tensor, mask: Tensor) -> tuple:
         """Image [H, W, 3] and probabilities for the CRF; remembers which class each channel is."""
@@ -235,6 +247,17 @@ class _Pass:
         """Count the next CRF result, probabilities [channels, H, W]."""
         product, channels, mask = self.waiting.popleft()
         self.labels[product].update(channels[torch.as_tensor(refined).argmax(0).to(self.device)], mask)
+
+
+def product_names(products: Sequence[str], inference: Sequence[str]) -> list[str]:
+    """Names of the results of `evaluate`, such as `segmentation_ms`; maps have no CRF."""
+    return [p + INFERENCE[way] for way in INFERENCE if way in inference for p in products
+            if not (way == "crf" and p in MAPS)]  # fmt: skip
+
+
+def cam_view(config: CamConfig, way: str) -> CamConfig:
+    """How CAMs are made for a way of inference: `raw` at scale 1 without mirror, otherwise as the recipe says."""
+    return replace(config, scales=[1.0], flip=False) if way == "raw" else config
 
 
 def require_masks(ids: Sequence[str], masks: Sequence[Tensor | None], dataset: SegmentationDataset) -> None:
@@ -255,7 +278,7 @@ def strongest(cam: Tensor, present: Tensor, size: Sequence[int]) -> tuple[Tensor
     return value, present[index] + 1
 
 
-def _settings(recipe: Recipe, dataset: SegmentationDataset, cam: CamConfig, cam_scales: str, device) -> dict:
+def _settings(recipe: Recipe, dataset: SegmentationDataset, device) -> dict:
     parts = recipe.name.split("/")
     return {
         "data": dataset.name,
@@ -266,8 +289,7 @@ def _settings(recipe: Recipe, dataset: SegmentationDataset, cam: CamConfig, cam_
         "method": parts[1] if len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml")) else recipe.name,
         "affinity": recipe.affinity.kind,
         "supervision": recipe.affinity.supervision,
-        "cam_scales": cam_scales,
-        "background": cam.background,
+        "background": recipe.cam.background,
         "seed": recipe.train.seed,
         "steps": recipe.train.steps,
         "batch": recipe.data.batch,
@@ -277,17 +299,14 @@ def _settings(recipe: Recipe, dataset: SegmentationDataset, cam: CamConfig, cam_
     }
 
 
-def _views(products: Sequence[str], recipe: Recipe, cam: CamConfig) -> dict[str, dict]:
-    """Scales, mirror and CRF behind every product: what has to stand next to its number."""
+def _views(names: Sequence[str], recipe: Recipe) -> dict[str, dict]:
+    """Scales, mirror and CRF behind every result: what has to stand next to its number."""
     views = {}
-    for product in products:
-        if product == "segmentation":
-            scales, flip = [1.0], False
-        elif product.startswith("segmentation"):
-            scales, flip = recipe.eval.scales, recipe.eval.flip
-        else:
-            scales, flip = cam.scales, cam.flip
-        views[product] = {"scales": list(scales), "flip": flip, "crf": product.endswith("_crf")}
+    for name in names:
+        several = recipe.eval if name.startswith("segmentation") else recipe.cam
+        ms = "_ms" in name
+        views[name] = {"scales": list(several.scales) if ms else [1.0], "flip": several.flip if ms else False,
+                       "crf": name.endswith("_crf")}  # fmt: skip
     return views
 
 
@@ -314,9 +333,8 @@ def evaluate(
     dataset: SegmentationDataset,
     *,
     device: torch.device | str,
-    segmentation: str | Sequence[str] = "raw",
     products: Sequence[str] = PRODUCTS,
-    cam_scales: str = "raw",
+    inference: Sequence[str] = ("raw",),
     thresholds: Sequence[float] = THRESHOLDS,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -329,9 +347,11 @@ def evaluate(
     plain CAM in a recipe without affinity.
 
     Args:
-        segmentation: any of `raw` (scale 1), `ms` (`eval.scales` and mirror), `crf` (dense CRF after `ms`).
-        products: any of `cam`, `aux_cam`, `refined_cam`, `pseudo_label`, `pseudo_label_crf`, `segmentation`.
-        cam_scales: `raw` (scale 1, no mirror) or `ms` (`cam.scales`, `cam.flip`).
+        products: any of `cam`, `aux_cam`, `refined_cam`, `pseudo_label`, `segmentation`.
+        inference: any of `raw` (scale 1), `ms` (several scales and mirror: `cam.scales` for maps and pseudo-labels,
+            `eval.scales` for the segmentation) and `crf` (dense CRF after `ms`; for pseudo-labels it takes the place
+            of the pixel-adaptive refinement; maps have none). Every way is a column of its own: `pseudo_label`,
+            `pseudo_label_ms`, `pseudo_label_ms_crf`.
         thresholds: background thresholds of the curve, 0..1.
         processes: worker processes of the dense CRF; None: one per processor core.
         progress: called with (images done, all images).
@@ -341,19 +361,16 @@ def evaluate(
         `mean_average_precision` (percent, over the classes that occur); ready for JSON.
 
     Raises:
-        UserError: an unknown product, an empty split or a missing mask.
+        UserError: an unknown product or way of inference, an empty split or a missing mask.
     """
     device = torch.device(device)
-    modes = (segmentation,) if isinstance(segmentation, str) else tuple(segmentation)
-    _known("segmentation", modes, tuple(SEGMENTATION))
-    _known("products", products, (*PRODUCTS, "pseudo_label_crf"))
-    _known("cam_scales", (cam_scales,), ("raw", "ms"))
+    require_known("products", products, PRODUCTS)
+    require_known("inference", inference, tuple(INFERENCE))
     if not len(dataset):
         raise UserError(f"split '{dataset.split}' of {dataset.name} is empty; check its list of images.")
-    cam = recipe.cam if cam_scales == "ms" else replace(recipe.cam, scales=[1.0], flip=False)
-    grid = sorted({*thresholds, cam.background})
+    background = recipe.cam.background
     network = network.to(device)
-    run = _Pass(network, recipe, dataset, products, modes, cam, grid, device)
+    run = _Pass(network, recipe, dataset, products, inference, sorted({*thresholds, background}), device)
 
     def jobs() -> Iterator:
         for batch in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch, recipe.data.workers):
@@ -362,17 +379,16 @@ def evaluate(
                 progress(run.done, len(dataset))
 
     with evaluating(network):
-        if "segmentation_ms_crf" in run.labels or "pseudo_label_crf" in run.labels:
+        if any(name.endswith("_crf") for name in run.labels):
             for refined in crf_pool(jobs(), processes or os.cpu_count() or 1):
                 run.collect(refined)
         else:
             deque(jobs(), maxlen=0)
 
-    confusions = {p: curve.at(cam.background) for p, curve in run.curves.items()} | run.labels
-    setting = _settings(recipe, dataset, cam, cam_scales, device)
+    confusions = {p: curve.at(background) for p, curve in run.curves.items()} | run.labels
     return {
-        "setting": setting | {"products": _views(tuple(confusions), recipe, cam)},
-        "miou": {p: None for p in products if p != "segmentation"} | {p: c.miou for p, c in confusions.items()},
+        "setting": _settings(recipe, dataset, device) | {"products": _views(tuple(confusions), recipe)},
+        "miou": dict.fromkeys(product_names(products, inference)) | {p: c.miou for p, c in confusions.items()},
         "per_class": {p: c.per_class for p, c in confusions.items()},
         "threshold_curve": {"thresholds": list(thresholds)}
         | {p: [curve.at(t).miou for t in thresholds] for p, curve in run.curves.items()},
@@ -380,10 +396,11 @@ def evaluate(
     }
 
 
-def _known(name: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+def require_known(name: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raise a UserError that names the first value which is not allowed."""
     for value in values:
         if value not in allowed:
-            raise UserError(f"evaluation: {name} holds '{value}'; choose from {', '.join(allowed)}.")
+            raise UserError(f"{name} '{value}' is unknown; choose from {', '.join(allowed)}.")
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float | None:

@@ -10,7 +10,6 @@ import os
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from ssepa_lib.crf import crf_pool
 from ssepa_lib.datasets import IGNORE, IMAGE_SUFFIXES, SegmentationDataset, read_image, voc_palette
 from ssepa_lib.device import autocast
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import background_and_cam, merge_scales, scale_logits
+from ssepa_lib.evaluation import INFERENCE, background_and_cam, cam_view, merge_scales, require_known, scale_logits
 from ssepa_lib.pseudo_labels import single_threshold_labels
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
@@ -139,8 +138,7 @@ def predictions(
         inference: `raw` (scale 1), `ms` (`eval.scales` and mirror) or `crf` (dense CRF after `ms`).
         processes: worker processes of the CRF; None: one per processor core.
     """
-    if inference not in ("raw", "ms", "crf"):
-        raise UserError(f"inference is '{inference}'; choose raw, ms or crf.")
+    require_known("inference", [inference], tuple(INFERENCE))
     device, config = torch.device(device), recipe.eval
     scales, flip = ([1.0], False) if inference == "raw" else (config.scales, config.flip)
     network = network.to(device).eval()
@@ -197,21 +195,23 @@ def predict_folder(
 @torch.no_grad()
 def export_pseudo_labels(
     network, recipe: Recipe, dataset: SegmentationDataset, out: Path | str, *, device: torch.device | str,
-    crf: bool = False, cam_scales: str = "ms", processes: int | None = None, progress: Progress | None = None,
+    inference: str = "ms", processes: int | None = None, progress: Progress | None = None,
 ) -> Path:  # fmt: skip
     """Write `<id>.png` pseudo-labels (0 background, 1..C) of a labelled data set, for training something else.
 
     They come from the affinity-refined CAM where the recipe has one, with the background threshold `cam.background`:
-    after pixel-adaptive refinement, or with `crf` after the dense CRF.
+    after pixel-adaptive refinement or the dense CRF.
 
     Args:
-        cam_scales: `ms` (`cam.scales`, `cam.flip`) or `raw` (scale 1, no mirror).
+        inference: `raw` (scale 1, no mirror), `ms` (`cam.scales`, `cam.flip`), both with pixel-adaptive refinement, or
+            `crf` (as `ms`, with the dense CRF instead).
 
     Raises:
-        UserError: an image without labels.
+        UserError: an unknown way of inference; an image without labels.
     """
     device, out = torch.device(device), Path(out)
-    config = recipe.cam if cam_scales == "ms" else replace(recipe.cam, scales=[1.0], flip=False)
+    require_known("inference", [inference], tuple(INFERENCE))
+    config, crf = cam_view(recipe.cam, inference), inference == "crf"
     par = PixelAdaptiveRefinement(config.par_dilations, config.par_iterations).to(device)
     affinity, network = recipe.affinity.kind != "none", network.to(device).eval()
     out.mkdir(parents=True, exist_ok=True)

@@ -109,7 +109,7 @@ class Network(nn.Module):
         patches, cls = tokens.patches, tokens.cls
         if self.aggregation == "mca":
             cls = self.aggregator(patches)
-        elif cls is None:
+        elif cls is None or self.aggregation != "class_token":
             cls = pool_class(patches, self.aggregation if self.aggregation != "class_token" else "gap")
         h, w = tokens.grid
         as_map = lambda x: x.transpose(1, 2).unflatten(2, (h, w))  # [B, N, X] → [B, X, h, w]  # noqa: E731

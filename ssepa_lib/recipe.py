@@ -67,6 +67,7 @@ class ModelConfig:
     train_pos_embed: bool = False  # ToCo freezes the position embedding, FSR trains it
     drop_path: float = 0.0
     aggregator: str = "class_token"  # where the class token comes from: class_token, mca, gap or gmp
+    keep_class_token: bool = False  # with another aggregator: leave the checkpoint's token in the blocks (FSR: not)
 
     def __post_init__(self) -> None:
         _choice("model", "aggregator", self.aggregator, ("class_token", "mca", "gap", "gmp"))
@@ -257,6 +258,8 @@ class Recipe:
         content.pop("name"), content.pop("eval")
         if not self.self_reinforced:
             content.pop("reinforce")
+        if self.model.aggregator == "class_token":
+            content["model"].pop("keep_class_token")
         content["data"] = {k: v for k, v in content["data"].items() if k not in _NOT_TRAINED}
         content["train"] = {k: v for k, v in content["train"].items() if k not in ("log_every", "save_every")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]

@@ -24,9 +24,10 @@ from ssepa_lib.device import autocast, describe_device, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import (
     PRODUCTS,
-    SEGMENTATION,
     ThresholdConfusion,
+    cam_view,
     evaluate,
+    product_names,
     require_masks,
     strongest,
     write_metrics,
@@ -102,9 +103,11 @@ def split_of(recipe: Recipe, split: str = "val", images: int = 0) -> Segmentatio
 def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: str = "auto", **options: Any) -> dict:
     """Evaluate a finished run on a split once; later calls with the same setting read its `metrics.json`.
 
+    What the file already holds of the same run and images is kept, so that asking for more adds to it.
+
     Args:
         images: see `split_of`.
-        options: for `evaluate` (products, segmentation, cam_scales, …).
+        options: for `evaluate` (products, inference, …).
 
     Returns:
         The result of that split, see `evaluate`.
@@ -114,19 +117,18 @@ def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: s
     path = folder / "metrics.json"
     known = json.loads(path.read_text()).get(dataset.split) if path.is_file() else None
     key = {"recipe_hash": recipe.hash(), "images": len(dataset), "size": recipe.data.eval_size}
-    key |= {name: options[name] for name in ("cam_scales",) if name in options}
-    if known and key.items() <= known["setting"].items() and _wanted(options) <= set(known["miou"]):
+    if known and not key.items() <= known["setting"].items():
+        known = None
+    wanted = product_names(options.get("products", PRODUCTS), options.get("inference", ("raw",)))
+    if known and set(wanted) <= set(known["miou"]):
         return known
     result = evaluate(network, recipe, dataset, device=resolve_device(device), **options)
+    if known:
+        for part in ("miou", "per_class", "threshold_curve"):
+            result[part] = known[part] | result[part]
+        result["setting"]["products"] = known["setting"]["products"] | result["setting"]["products"]
     write_metrics(folder, dataset.split, result)
     return result
-
-
-def _wanted(options: Mapping[str, Any]) -> set[str]:
-    """The products that `evaluate` would return for its options."""
-    products, modes = set(options.get("products", PRODUCTS)), options.get("segmentation", "raw")
-    modes = {modes} if isinstance(modes, str) else set(modes)
-    return (products - {"segmentation"}) | {SEGMENTATION[mode] for mode in modes if "segmentation" in products}
 
 
 def _place(recipe: Recipe, folder: Path) -> Path:
@@ -210,7 +212,7 @@ def refined_mious(
         variants: name → arguments of `other_affinity`; `kind="none"` leaves the CAM as it is.
     """
     device = network.classifier.weight.device
-    cam = replace(recipe.cam, scales=[1.0], flip=False)
+    cam = cam_view(recipe.cam, "raw")
     curves = {name: ThresholdConfusion(dataset.classes, [cam.background], device) for name in variants}
     with evaluating(network):
         for ids, images, labels, masks in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch):

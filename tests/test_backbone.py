@@ -96,6 +96,14 @@ def test_pooled_class_token_drops_prefix_tokens():
     assert out.prefix == 0 and out.cls is None and out.patches.shape == (1, 16, 32)
 
 
+def test_class_token_may_stay_in_the_blocks_of_an_aggregator():
+    image = torch.rand(1, 3, 32, 32) * 255
+    kept, plain = micro(aggregator="mca", keep_class_token=True), micro()
+    kept.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(kept(image).patches, plain(image).patches)
+    assert kept(image).prefix == 1 and kept.vit.cls_token.requires_grad
+
+
 def test_weights_round_trip(tmp_path):
     reference = timm.create_model("vit_tiny_patch16_224", num_classes=7, **ARGS)
     save_file({k: v.half() for k, v in reference.state_dict().items()}, tmp_path / "w.safetensors")

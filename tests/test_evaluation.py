@@ -145,10 +145,11 @@ def test_segmentation_logits_equal_the_plain_loop():
 
 
 def test_a_right_network_scores_100_everywhere():
-    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", segmentation=("raw", "ms"))
-    assert result["miou"].pop("refined_cam") is None
+    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", inference=("raw", "ms"))
+    assert result["miou"].pop("refined_cam") is None and result["miou"].pop("refined_cam_ms") is None
     assert all(value == 100 for value in result["miou"].values()), result["miou"]
-    assert set(result["miou"]) == {"cam", "aux_cam", "pseudo_label", "segmentation", "segmentation_ms"}
+    products = {"cam", "aux_cam", "pseudo_label", "segmentation"}
+    assert set(result["miou"]) == products | {f"{name}_ms" for name in products}
     assert result["per_class"]["segmentation"] == {"background": 100.0, "circle": 100.0, "square": 100.0}
     assert result["threshold_curve"]["cam"] == [100.0] * 9
     assert result["mean_average_precision"] == 100
@@ -156,28 +157,29 @@ def test_a_right_network_scores_100_everywhere():
 
 
 def test_the_setting_tells_scales_mirror_and_crf():
-    setting = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", segmentation=("raw", "ms"))["setting"]
+    setting = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", inference=("raw", "ms"))["setting"]
     assert setting["products"]["segmentation"] == {"scales": [1.0], "flip": False, "crf": False}
     assert setting["products"]["segmentation_ms"] == {"scales": [1.0, 1.25, 1.5], "flip": True, "crf": False}
     assert setting["method"] == "toco" and setting["split"] == "val" and setting["images"] == 2
     line = describe_setting(setting, "segmentation_ms")
     assert line == "toy val, 2 images, 8², scales 1/1.25/1.5 + mirror, 20000 steps of 4, seed 0"
-    ms = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", products=("cam",), cam_scales="ms")
-    assert ms["setting"]["products"]["cam"] == {"scales": [1.0, 0.5, 1.5], "flip": True, "crf": False}
+    assert setting["products"]["cam_ms"] == {"scales": [1.0, 0.5, 1.5], "flip": True, "crf": False}
 
 
 def test_batches_give_what_a_loop_over_images_gives(tiny):
     settings = tiny("ssepa", **{"eval.batch": 3, "data.val_images": 4})
     dataset = build_dataset(settings.data, "val")
     network = build_network(settings, dataset.classes).eval()
-    result = evaluate(network, settings, dataset, device="cpu", segmentation=("raw", "ms"))
-    slow = {name: Confusion(dataset.classes) for name in ("cam", "refined_cam", "segmentation", "segmentation_ms")}
+    result = evaluate(network, settings, dataset, device="cpu", inference=("raw", "ms"))
+    names = ("cam", "refined_cam", "cam_ms", "refined_cam_ms", "segmentation", "segmentation_ms")
+    slow = {name: Confusion(dataset.classes) for name in names}
     single = replace(settings.cam, scales=[1.0], flip=False)
     for _, image, label, masks in eval_batches(dataset, 32, 1):
         mask = masks[0]
         with torch.no_grad():
-            maps = multi_scale_cam(network, image, label, single, affinity=True)
-        for name, cam in (("cam", maps.cam), ("refined_cam", maps.refined)):
+            raw, ms = (multi_scale_cam(network, image, label, c, affinity=True) for c in (single, settings.cam))
+        maps = {"cam": raw.cam, "refined_cam": raw.refined, "cam_ms": ms.cam, "refined_cam_ms": ms.refined}
+        for name, cam in maps.items():
             resized = F.interpolate(cam, size=mask.shape, mode="bilinear")
             slow[name].update(cam_to_label(resized, settings.cam.background)[0], mask)
         for name, scales, flip in (("segmentation", [1.0], False), ("segmentation_ms", settings.eval.scales, True)):
@@ -218,9 +220,9 @@ def test_crf_results_meet_their_own_masks(monkeypatch):
             yield probabilities
 
     monkeypatch.setattr(evaluation, "crf_pool", unchanged)
-    products = ("pseudo_label_crf", "segmentation")
-    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", segmentation="crf", products=products)
-    assert result["miou"] == {"pseudo_label_crf": 100.0, "segmentation_ms_crf": 100.0}
+    products = ("pseudo_label", "segmentation")
+    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", inference=["crf"], products=products)
+    assert result["miou"] == {"pseudo_label_ms_crf": 100.0, "segmentation_ms_crf": 100.0}
     assert seen == [3, 2, 3, 2]  # segmentation: all classes; pseudo-label: background and the one present
     assert result["setting"]["products"]["segmentation_ms_crf"]["crf"] is True
 
@@ -238,9 +240,9 @@ def test_an_image_without_any_class_is_all_background(monkeypatch):
             return torch.zeros(2)
 
     monkeypatch.setattr(evaluation, "crf_pool", lambda jobs, processes: (p for _, p in jobs))
-    products = ("cam", "pseudo_label", "pseudo_label_crf")
-    result = evaluate(ColourNetwork(), recipe(), Empty(), device="cpu", products=products)
-    for product in products:
+    products = ("cam", "pseudo_label")
+    result = evaluate(ColourNetwork(), recipe(), Empty(), device="cpu", products=products, inference=("raw", "crf"))
+    for product in (*products, "pseudo_label_ms_crf"):
         assert result["per_class"][product]["circle"] == 0 and result["per_class"][product]["background"] > 0
     assert result["mean_average_precision"] is None
 
@@ -251,7 +253,7 @@ def test_bad_input_is_named():
     with pytest.raises(UserError, match="cams"):
         evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", products=("cams",))
     with pytest.raises(UserError, match="choose from raw, ms, crf"):
-        evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", segmentation="multi")
+        evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", inference=("multi",))
 
 
 def test_progress_counts_images_and_training_mode_returns():

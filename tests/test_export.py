@@ -88,11 +88,11 @@ def test_overlay_colours_foreground_only_and_names_it():
     assert out.shape[0] > 20 and out[20:].min() < 50  # the legend's text
 
 
-@pytest.mark.parametrize("crf", [False, True])
-def test_pseudo_labels_at_original_size(tmp_path, monkeypatch, crf):
+@pytest.mark.parametrize("inference", ["raw", "ms", "crf"])
+def test_pseudo_labels_at_original_size(tmp_path, monkeypatch, inference):
     monkeypatch.setattr(export, "crf_pool", unchanged)
     data = TwoImages()
-    out = export_pseudo_labels(ColourNetwork(), recipe(8), data, tmp_path, device="cpu", crf=crf, cam_scales="raw")
+    out = export_pseudo_labels(ColourNetwork(), recipe(8), data, tmp_path, device="cpu", inference=inference)
     for i, id in enumerate(data.ids):
         mode, _, ids = opened(out / f"{id}.png")
         assert mode == "P" and ids.shape == data.mask(i).shape

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from ssepa_lib.aggregator import pool_class
 from ssepa_lib.datasets import build_dataset
 from ssepa_lib.network import LargeFOV, ProjectionHead, build_network
 from ssepa_lib.training import Trainer
@@ -87,6 +89,16 @@ def test_the_frozen_parameters_are_these(tiny):
     control = tiny("ssepa", **{"affinity.supervision": "none"})
     assert frozen(control) == {"backbone.vit.pos_embed", "backbone.mask_token"} | haaf
     assert frozen(tiny("fsr")) == {"backbone.vit.cls_token"}  # its class token comes from the aggregator
+    assert not frozen(tiny("fsr", **{"model.keep_class_token": True}))
+
+
+@pytest.mark.parametrize("aggregator", ["mca", "gap", "gmp"])
+def test_the_aggregator_makes_the_class_token_also_with_one_in_the_blocks(tiny, aggregator):
+    recipe = tiny("fsr", **{"model.aggregator": aggregator, "model.keep_class_token": True})
+    network = build_network(recipe, CLASSES).eval()
+    out = network(torch.rand(2, 3, 32, 32) * 255)
+    made = network.aggregator(out.patches) if aggregator == "mca" else pool_class(out.patches, aggregator)
+    assert torch.equal(out.cls, made)
 
 
 def test_every_trainable_parameter_gets_a_finite_gradient(tiny):

@@ -66,4 +66,7 @@ def test_round_trip_and_hash(tmp_path):
     assert load_recipe("voc/toco").hash() == load_recipe("voc/ssepa_no_affinity").hash()
     masks = {"reinforce.mask_ratio": 0.2}  # of no effect without self-reinforcement
     assert load_recipe("voc/toco", masks).hash() == load_recipe("voc/toco").hash()
+    kept = {"model.keep_class_token": True}
+    assert load_recipe("voc/toco", kept).hash() == load_recipe("voc/toco").hash()
+    assert load_recipe("voc/fsr", kept).hash() != load_recipe("voc/fsr").hash()
     assert load_recipe("voc/fsr", masks).hash() != load_recipe("voc/fsr").hash()

@@ -67,8 +67,9 @@ def test_an_arm_is_a_run_of_its_own_unless_its_recipe_is_there(study_runs):
 def test_another_setting_is_evaluated_again(study_runs):
     folder = study.run_folder("shapes", "ssepa", 1)
     assert study.evaluate_run(folder, images=3, device="cpu")["setting"]["images"] == 3
-    more = study.evaluate_run(folder, images=3, device="cpu", segmentation=("raw", "ms"))
-    assert {"segmentation", "segmentation_ms"} <= set(more["miou"])
+    more = study.evaluate_run(folder, images=3, device="cpu", inference=("ms",))
+    assert {"segmentation", "segmentation_ms"} <= set(more["miou"]), "what was there stays"
+    assert {"segmentation", "segmentation_ms"} <= set(more["setting"]["products"])
     assert study.evaluate_run(folder, images=3, device="cpu") == more, "a result with more in it serves as well"
 
 
