@@ -92,6 +92,32 @@ def test_dense_crf_follows_the_image():
     assert (probabilities.argmax(0) != truth).any() and (refined.argmax(0) == truth).all()
 
 
+def all_classes(image, probabilities):
+    """The CRF with every class, however unlikely."""
+    from pydensecrf.densecrf import DenseCRF2D
+
+    classes, height, width = probabilities.shape
+    crf = DenseCRF2D(width, height, classes)
+    crf.setUnaryEnergy(-np.log(np.clip(probabilities, 1e-5, 1)).reshape(classes, -1))
+    crf.addPairwiseGaussian(sxy=1, compat=1)
+    crf.addPairwiseBilateral(sxy=121, srgb=5, rgbim=image, compat=4)
+    return np.array(crf.inference(10)).reshape(classes, height, width)
+
+
+@needs_crf
+def test_classes_that_cannot_win_change_no_label_of_the_dense_crf():
+    rng = np.random.default_rng(0)
+    image = np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    logits = np.kron(rng.normal(0, 3, (12, 6, 8)), np.ones((1, 8, 8))) - np.linspace(0, 16, 12)[:, None, None]
+    logits += rng.normal(0, 1, logits.shape)
+    probabilities = np.exp(logits - logits.max(0)).astype(np.float32)
+    probabilities /= probabilities.sum(0)
+    refined, slow = dense_crf(image, probabilities), all_classes(image, probabilities)
+    left_out = ~refined.any((1, 2))
+    assert 2 <= left_out.sum() < 10 and (slow[left_out].max(0) < slow.max(0)).all()
+    np.testing.assert_array_equal(refined.argmax(0), slow.argmax(0))
+
+
 @needs_crf
 @pytest.mark.parametrize("processes", [1, 2])
 def test_crf_pool_keeps_the_order_and_draws_few_jobs_ahead(processes):
