@@ -17,6 +17,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.paths import PACKAGE, weights_root
 from ssepa_lib.recipe import ModelConfig
 
+SHORT = 128  # tokens
 MICRO_WEIGHTS = PACKAGE / "weights" / "vit_micro_shapes.safetensors"
 
 
@@ -36,8 +37,8 @@ class BackboneOutput:
 class _Attention(TorchFunctionMode):
     """Stands between a block and its fused attention, however timm names its modules.
 
-    Records queries and keys where asked, and lets training on a processor attend in float32: there the backward pass
-    of the bfloat16 kernel is up to ten times slower.
+    Records queries and keys where asked, and lets training on a processor attend in float32 where the sequence is
+    short: there the backward pass of the bfloat16 kernel is up to ten times slower.
     """
 
     def __init__(self, capture: bool) -> None:
@@ -51,9 +52,10 @@ class _Attention(TorchFunctionMode):
         if self.capture:
             self.queries.append(query.detach())
             self.keys.append(key.detach())
-        if query.device.type != "cpu" or not torch.is_grad_enabled():
+        if query.device.type != "cpu" or not torch.is_grad_enabled() or query.shape[2] > SHORT:
             return func(*args, **(kwargs or {}))
-        return func(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
+        with torch.autocast("cpu", enabled=False):  # it would cast back
+            return func(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
 
     def run(self, block: nn.Module, x: Tensor, **extra: Tensor) -> Tensor:
         """One block, past a compiled call, which would hide the attention."""

@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssepa_lib.backbone import Backbone
 from ssepa_lib.errors import UserError
@@ -136,3 +137,23 @@ def test_real_weights_load(vit_tiny_weights):
     backbone = Backbone(ModelConfig(backbone=vit_tiny_weights.stem))
     assert backbone.vit.blocks[0].attn.qkv.weight.std() > 0.02
     assert backbone.mean.flatten().tolist() == [127.5] * 3
+
+
+class AttentionDtypes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.seen.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("side, dtype", [(32, torch.float32), (96, torch.bfloat16)])
+def test_training_on_a_processor_attends_to_short_sequences_in_float32(side, dtype):
+    backbone, image = micro(), torch.rand(1, 3, side, side) * 255
+    for grad, expected in ((True, dtype), (False, torch.bfloat16)):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16), AttentionDtypes() as mode:
+            backbone(image)
+        assert mode.seen == [expected] * backbone.depth
