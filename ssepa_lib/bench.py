@@ -448,10 +448,10 @@ def crf(setup: Setup) -> Iterator[Row]:
     if not crf_available():
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count, side, classes = (4, 64, 4) if setup.quick else (16 * cores, 320, 6)
+    count, side, classes = (4, 64, 4) if setup.quick else (48 * cores, 320, 6)
     images, random = setup.pictures(min(count, 4), side)[0].cpu(), np.random.default_rng(0)
     probabilities = random.dirichlet(np.ones(classes), (side, side)).transpose(2, 0, 1).astype(np.float32)
-    jobs = [(images[i % len(images)].permute(1, 2, 0).numpy().copy(), probabilities) for i in range(count)]
+    jobs = [(images[i % len(images)].permute(1, 2, 0).numpy().copy(), probabilities, i) for i in range(count)]
     once = Setup(setup.device, True, seconds=0)
     seconds = interleaved({"all": lambda: list(crf_pool(jobs, cores)), "one": lambda: list(crf_pool(jobs, 1))}, once)
     target = setup.target(f"≥ {0.8 * cores:.1f}") if cores > 1 else ""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
@@ -52,23 +53,30 @@ def dense_crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return refined
 
 
-def crf_pool(jobs: Iterable[tuple[np.ndarray, np.ndarray]], processes: int) -> Iterator[np.ndarray]:
-    """`dense_crf` of every (image, probabilities) job, in order, over worker processes; 0 or 1: in this process.
+def crf_labels(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Most probable channel after `dense_crf`, uint8 [H, W]; arguments as there."""
+    return dense_crf(image, probabilities).argmax(0).astype(np.uint8)
 
-    Jobs are drawn lazily, at most two per worker ahead, so memory stays bounded and nothing goes through the disk.
+
+def crf_pool(jobs: Iterable[tuple[np.ndarray, np.ndarray, Any]], processes: int) -> Iterator[tuple[np.ndarray, Any]]:
+    """`crf_labels` over worker processes; 0 or 1: in this process.
+
+    Jobs (image, probabilities, rest) become (labels, rest), in order. They are drawn lazily, at most two per worker
+    ahead, so memory stays bounded and nothing goes through the disk; the rest stays in this process.
     """
     if processes <= 1:
-        yield from (dense_crf(*job) for job in jobs)
+        yield from ((crf_labels(image, probabilities), rest) for image, probabilities, rest in jobs)
         return
     # "spawn", because a forked copy of a process that already uses the GPU or threads may hang
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
     waiting = deque()
     try:
-        for job in jobs:
-            waiting.append(pool.submit(dense_crf, *job))
+        for image, probabilities, rest in jobs:
+            waiting.append((pool.submit(crf_labels, image, probabilities), rest))
             if len(waiting) >= 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                future, kept = waiting.popleft()
+                yield future.result(), kept
+        for future, rest in waiting:
+            yield future.result(), rest
     finally:
         pool.shutdown(cancel_futures=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
 from ssepa_lib.cam import multi_scale_cam
-from ssepa_lib.crf import crf_pool, dense_crf
+from ssepa_lib.crf import crf_labels, crf_pool
 from ssepa_lib.datasets import IGNORE, SegmentationDataset
 from ssepa_lib.device import autocast, describe_device
 from ssepa_lib.errors import UserError
@@ -158,15 +158,15 @@ def background_and_cam(cam: Tensor, label: Tensor, background: float, size: Sequ
     return scores / scores.sum(0, keepdim=True), torch.cat([present.new_zeros(1), present + 1])
 
 
-def crf_labels(image: Tensor, cam: Tensor, label: Tensor, background: float) -> Tensor:
+def crf_pseudo_label(image: Tensor, cam: Tensor, label: Tensor, background: float) -> Tensor:
     """Labels [H, W] (0..C) by a dense CRF from the CAMs [C, h, w] of the classes present; image [3, H, W] in 0..255."""
     probabilities, channels = background_and_cam(cam, label, background, image.shape[-2:])
     pixels = image.permute(1, 2, 0).round().clamp(0, 255).byte().contiguous().cpu().numpy()
-    return channels.cpu()[torch.as_tensor(dense_crf(pixels, probabilities.cpu().numpy())).argmax(0)]
+    return channels.cpu()[torch.from_numpy(crf_labels(pixels, probabilities.cpu().numpy())).long()]
 
 
 class _Pass:
-    """One pass over a split: what is wanted, what has been counted, and which CRF results are still to come."""
+    """One pass over a split: what is wanted, and what has been counted."""
 
     def __init__(
         self, network, recipe: Recipe, dataset: SegmentationDataset, products, inference, thresholds, device
@@ -181,11 +181,11 @@ class _Pass:
         self.ways = [way for way in ("raw", "ms") if way in inference or (way == "ms" and "crf" in inference)]
         self.cams = not all(name.startswith("segmentation") for name in names)
         self.par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
-        self.scores, self.truth, self.waiting, self.done = [], [], deque(), 0
+        self.scores, self.truth, self.done = [], [], 0
 
     @torch.no_grad()
     def batch(self, ids, images: Tensor, labels: Tensor, masks) -> Iterator[tuple]:
-        """Score one batch; yields the CRF jobs it causes, in the order of `self.waiting`."""
+        """Score one batch; yields the jobs it causes for `crf_pool`."""
         require_masks(ids, masks, self.dataset)
         images, labels = images.to(self.device), labels.to(self.device)
         with autocast(self.recipe.train.precision, self.device):
@@ -238,15 +238,13 @@ class _Pass:
             yield self._job("pseudo_label" + crf, *found, mask)
 
     def _job(self, product: str, probabilities: Tensor, channels: Tensor, mask: Tensor) -> tuple:
-        """Image [H, W, 3] and probabilities for the CRF; remembers which class each channel is."""
-        self.waiting.append((product, channels, mask))
+        """Image [H, W, 3], probabilities [channels, H, W], and what `collect` needs with the result."""
         image = np.array(self.dataset.image(self.done))  # the CRF needs the image at its original size
-        return image, probabilities.cpu().numpy()
+        return image, probabilities.cpu().numpy(), (product, channels, mask)
 
-    def collect(self, refined) -> None:
-        """Count the next CRF result, probabilities [channels, H, W]."""
-        product, channels, mask = self.waiting.popleft()
-        self.labels[product].update(channels[torch.as_tensor(refined).argmax(0).to(self.device)], mask)
+    def collect(self, labels: np.ndarray, product: str, channels: Tensor, mask: Tensor) -> None:
+        """Count a CRF result, channels [H, W]."""
+        self.labels[product].update(channels[torch.from_numpy(labels).long().to(self.device)], mask)
 
 
 def product_names(products: Sequence[str], inference: Sequence[str]) -> list[str]:
@@ -380,8 +378,8 @@ def evaluate(
 
     with evaluating(network):
         if any(name.endswith("_crf") for name in run.labels):
-            for refined in crf_pool(jobs(), processes or os.cpu_count() or 1):
-                run.collect(refined)
+            for labels, rest in crf_pool(jobs(), processes or os.cpu_count() or 1):
+                run.collect(labels, *rest)
         else:
             deque(jobs(), maxlen=0)
 

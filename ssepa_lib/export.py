@@ -8,7 +8,6 @@ import csv
 import io
 import os
 import tarfile
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -114,19 +113,6 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> N
     part.replace(path)
 
 
-def _through_crf(jobs: Iterator, processes: int | None) -> Iterator:
-    """Jobs (image, probabilities, rest) → (refined probabilities, rest), in order."""
-    rests = deque()
-
-    def drawn():
-        for image, probabilities, rest in jobs:
-            rests.append(rest)
-            yield image, probabilities
-
-    for refined in crf_pool(drawn(), processes or os.cpu_count() or 1):
-        yield refined, rests.popleft()
-
-
 @torch.no_grad()
 def predictions(
     network, recipe: Recipe, dataset: SegmentationDataset, *, device: torch.device | str, inference: str = "ms",
@@ -161,8 +147,8 @@ def predictions(
             yield id, original, logits.argmax(0).byte().cpu().numpy()
         return
     jobs = ((np.array(o), x.softmax(0).cpu().numpy(), (id, o)) for id, o, x in segmented())
-    for refined, (id, original) in _through_crf(jobs, processes):
-        yield id, original, refined.argmax(0).astype(np.uint8)
+    for ids, (id, original) in crf_pool(jobs, processes or os.cpu_count() or 1):
+        yield id, original, ids
 
 
 def predict_folder(
@@ -241,7 +227,8 @@ def export_pseudo_labels(
             yield np.array(image), probabilities.cpu().numpy(), (id, channels.byte().cpu().numpy())
 
     if crf:
-        labelled = ((id, channels[p.argmax(0)]) for p, (id, channels) in _through_crf(jobs(), processes))
+        found = crf_pool(jobs(), processes or os.cpu_count() or 1)
+        labelled = ((id, channels[labels]) for labels, (id, channels) in found)
     else:
         labelled = ((id, _resize_ids(ids, image.size)) for id, image, _, _, ids in maps())
     for id, ids in labelled:

@@ -206,7 +206,7 @@ def test_crf_labels_follow_the_image_and_name_only_classes_present():
     cam = torch.zeros(3, 8, 8)
     cam[2, :, 3:] = 1.0  # and a little too wide in the map
     cam[0] = 1.0  # absent from the label
-    labels = evaluation.crf_labels(image, cam, torch.tensor([0, 0, 1]), 0.4)
+    labels = evaluation.crf_pseudo_label(image, cam, torch.tensor([0, 0, 1]), 0.4)
     assert labels.unique().tolist() == [0, 3] and (labels[:, 16:] == 3).all() and (labels[:, :12] == 0).all()
 
 
@@ -214,10 +214,10 @@ def test_crf_results_meet_their_own_masks(monkeypatch):
     seen = []
 
     def unchanged(jobs, processes):
-        for image, probabilities in jobs:
+        for image, probabilities, rest in jobs:
             assert image.shape[:2] == probabilities.shape[1:] and abs(probabilities.sum(0) - 1).max() < 1e-5
             seen.append(len(probabilities))
-            yield probabilities
+            yield probabilities.argmax(0).astype(np.uint8), rest
 
     monkeypatch.setattr(evaluation, "crf_pool", unchanged)
     products = ("pseudo_label", "segmentation")
@@ -239,7 +239,7 @@ def test_an_image_without_any_class_is_all_background(monkeypatch):
         def label(self, i):
             return torch.zeros(2)
 
-    monkeypatch.setattr(evaluation, "crf_pool", lambda jobs, processes: (p for _, p in jobs))
+    monkeypatch.setattr(evaluation, "crf_pool", lambda jobs, _: ((p.argmax(0), rest) for _, p, rest in jobs))
     products = ("cam", "pseudo_label")
     result = evaluate(ColourNetwork(), recipe(), Empty(), device="cpu", products=products, inference=("raw", "crf"))
     for product in (*products, "pseudo_label_ms_crf"):

@@ -41,8 +41,8 @@ def opened(path):
 
 
 def unchanged(jobs, processes):
-    for _, probabilities in jobs:
-        yield probabilities
+    for _, probabilities, rest in jobs:
+        yield probabilities.argmax(0).astype(np.uint8), rest
 
 
 @pytest.mark.parametrize("inference", ["raw", "ms", "crf"])

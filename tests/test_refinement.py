@@ -126,13 +126,14 @@ def test_crf_pool_keeps_the_order_and_draws_few_jobs_ahead(processes):
     def jobs():
         for seed in range(7):
             drawn.append(seed)
-            yield noisy_square(seed)[:2]
+            yield *noisy_square(seed)[:2], seed
 
     results = crf_pool(jobs(), processes)
     first = next(results)
     assert len(drawn) <= 2 * processes
-    for seed, result in enumerate([first, *results]):
-        np.testing.assert_array_equal(result, dense_crf(*noisy_square(seed)[:2]))
+    for seed, (labels, rest) in enumerate([first, *results]):
+        assert rest == seed and labels.dtype == np.uint8
+        np.testing.assert_array_equal(labels, dense_crf(*noisy_square(seed)[:2]).argmax(0))
 
 
 def test_a_missing_crf_package_is_reported_with_the_remedy(monkeypatch):
