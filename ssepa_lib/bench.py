@@ -153,11 +153,11 @@ class Setup:
         mask = [F.interpolate(m[None, None].float(), (side, side))[0, 0].byte() for _, m in items]
         return torch.stack(image), torch.stack(mask)
 
-    def batch(self, count: int) -> Batch:
+    def batch(self, count: int, side: int = 0) -> Batch:
         """A training batch without padding."""
-        image, mask = self.pictures(count)
+        image, mask = self.pictures(count, side)
         label = torch.stack([classes_in(m.cpu(), len(VOC_CLASSES)) for m in mask]).to(self.device)
-        box = torch.tensor([[0, self.side, 0, self.side]] * count, device=self.device)
+        box = torch.tensor([[0, image.shape[-2], 0, image.shape[-1]]] * count, device=self.device)
         return Batch([str(i) for i in range(count)], image, box, label, image.flip(-1), image, None)
 
 
@@ -297,6 +297,10 @@ def step(setup: Setup) -> Iterator[Row]:
                    target=setup.target("≥ 2"), note="train.checkpointing, the same numbers")  # fmt: skip
     yield _overhead("step", "step time, blocks recomputed", setting, seconds["lean"], seconds["ours"],
                     note="reference: without recomputing")  # fmt: skip
+    yield _kept(setup, recipe, setting)
+    if not setup.gpu and not setup.quick:
+        changes = {"model.weights": "none", "data.batch": 1, "train.device": setup.device.type}
+        yield _kept(setup, load_recipe("voc/ssepa", changes), "ViT-B/16, 448², batch 1")
     yield from _parts(setup, ours, fast, batch, setting, statistics.median(seconds["ours"]))
     if setup.gpu and not setup.quick:
         plain = interleaved({"early": lambda: (setattr(ours, "index", 0), ours.step(batch))}, setup)["early"]
@@ -304,6 +308,17 @@ def step(setup: Setup) -> Iterator[Row]:
         mean = switch * statistics.median(plain) + (1 - switch) * statistics.median(seconds["ours"])
         yield make_row("step", "20 000 steps", setting, "min", 20000 * mean / 60, target="≤ 20 min",
                        note=f"{1 / mean:.1f} steps/s without loading")  # fmt: skip
+
+
+def _kept(setup: Setup, recipe: Recipe, setting: str) -> Row:
+    """What autograd keeps of a step's forward passes, counted by its hooks: the same on every device of a precision."""
+    batch, kept = setup.batch(recipe.data.batch, recipe.data.crop), []
+    makers = Trainer, partial(reference.ReferenceTrainer, exact_energy=False)
+    for trainer in (make(recipe, VOC_CLASSES, setup.device) for make in makers):
+        kept.append(saved_activation_bytes(partial(_dense_loss, trainer, batch), trainer.network, trainer.objectives))
+    ours, theirs = (count / MB for count in kept)
+    return make_row("step", "kept for the backward pass of a step", setting, "MB", ours, theirs,
+                    target=setup.target("≥ 2"), note=f"{precision(recipe.train.precision, setup.device)}, reference fp32")  # fmt: skip
 
 
 def _parts(setup: Setup, ours: Trainer, theirs: Trainer, batch: Batch, setting: str, whole: float) -> Iterator[Row]:
