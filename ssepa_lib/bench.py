@@ -317,8 +317,9 @@ def _kept(setup: Setup, recipe: Recipe, setting: str) -> Row:
     for trainer in (make(recipe, VOC_CLASSES, setup.device) for make in makers):
         kept.append(saved_activation_bytes(partial(_dense_loss, trainer, batch), trainer.network, trainer.objectives))
     ours, theirs = (count / MB for count in kept)
+    note = f"{precision(recipe.train.precision, setup.device)}, reference fp32"
     return make_row("step", "kept for the backward pass of a step", setting, "MB", ours, theirs,
-                    target=setup.target("≥ 2"), note=f"{precision(recipe.train.precision, setup.device)}, reference fp32")  # fmt: skip
+                    target=setup.target("≥ 2"), note=note)  # fmt: skip
 
 
 def _parts(setup: Setup, ours: Trainer, theirs: Trainer, batch: Batch, setting: str, whole: float) -> Iterator[Row]:
