@@ -148,6 +148,9 @@ def _engine(on_cell: Callable[[int, int], None], errors: IO[bytes]) -> str:
 
             nb_man.cell_start = start
             client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout)
+            # nbclient would answer an `interact` on the very socket where it awaits the cell's end, and might then wait
+            # forever (jupyter/nbclient issue 312); without the answer its output becomes the cell's own
+            client.comm_open_handlers.clear()
             client.execute(stderr=errors)
 
     papermill_engines.register("ssepa-workbook", Engine)

@@ -124,6 +124,13 @@ def test_run(folder, tmp_path, capfd):
     assert "Title of 04_other" in index and "failed" in index and (report / "00_good.html").exists()
 
 
+def test_what_a_widget_shows_becomes_output_of_its_cell(folder, tmp_path):
+    write(folder, "00_a", "from ipywidgets import interact\ninteract(lambda x: print('shown', x), x=(1, 3));")
+    assert run_workbook("shapes", results=tmp_path / "results", notebooks=folder) == 0
+    cell = nbformat.read(tmp_path / "results" / "shapes" / "notebooks" / "00_a.ipynb", 4).cells[-1]
+    assert [o["text"] for o in cell["outputs"] if o["output_type"] == "stream"] == ["shown 2\n"]
+
+
 def test_a_training_tells_the_runner_where_it_is(tmp_path, monkeypatch):
     target = tmp_path / "progress.json"
     monkeypatch.setenv(PROGRESS, str(target))
