@@ -19,6 +19,7 @@ from torch import Tensor
 STEP = 0.7  # grid spacing in units of σ
 DRAWS = 2**17  # dithered positions of all pixels together: the fewer pixels, the more for each
 EXACT_PIXELS = 64**2  # up to here the exact sum is cheaper than a grid
+PIECE = 2**23  # bytes blurred at once: the grid is the largest tensor of a training step, and a copy would double it
 TINY = 1e-7  # taken as 0: products of such numbers become denormal, which processors multiply very slowly
 GOLDEN = 1.068297188920841  # root of x¹¹ = x + 1: its powers give an evenly spread ten-dimensional sequence
 
@@ -72,16 +73,16 @@ def _grid(features: Tensor, values: Tensor) -> Tensor:
     index = node((where.repeat(1, draws) + offsets[:5] + offsets[5:] - 1).round())
     values = values.where(values.abs() > TINY, 0)
     grid = values.new_zeros(prod(shape), channels).index_add_(0, index, (values / draws).repeat(draws, 1))
-    # blur, back and forth between two buffers; a quadratic B-spline has variance 1/4
-    spare = torch.empty_like(grid)
+    # blur in place, piece by piece; a quadratic B-spline has variance 1/4
+    pieces = ceil(grid.nbytes / PIECE)
     deviation = (STEP**-2 - 2 / 4) ** 0.5  # in nodes
     for axis, size in enumerate(shape):
         nodes = torch.arange(size, device=values.device)
         kernel = torch.exp(-((nodes[:, None] - nodes) / deviation).square() / 2) / (STEP * deviation)
         kernel = kernel.where(kernel > TINY, 0)
-        lines = prod(shape[:axis]), size, -1
-        torch.matmul(kernel, grid.view(lines), out=spare.view(lines))
-        grid, spare = spare, grid
+        lines = grid.view(prod(shape[:axis]), size, -1)
+        for part in lines.tensor_split(min(pieces, len(lines))) if axis else lines.tensor_split(pieces, 2):
+            part.copy_(kernel @ part)
     # slice: the 27 nodes around a colour at once, for each of the 9 around a position
     nearest = where.round()
     t = where - nearest

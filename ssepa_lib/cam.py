@@ -10,18 +10,55 @@ from ssepa_lib.network import Network, NetworkOutput
 from ssepa_lib.recipe import CamConfig
 
 
+class _Selection:
+    """The classes present in each image, packed to the front: maps of absent classes are never computed."""
+
+    def __init__(self, label: Tensor):
+        self.classes = label.shape[1]
+        count = max(1, int(label.sum(1).max()))
+        self.present, self.index = label.topk(count, dim=1)  # [B, P]
+
+    def pack(self, maps: Tensor) -> Tensor:
+        """[b·B, C, h, w] → [b·B, P, h, w]."""
+        index = self.index.repeat(len(maps) // len(self.index), 1)
+        return maps.gather(1, index[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
+
+    def unpack(self, maps: Tensor) -> Tensor:
+        """[B, P, H, W] → [B, C, H, W], zero for absent classes."""
+        full = maps.new_zeros(len(maps), self.classes, *maps.shape[-2:])
+        index = self.index[:, :, None, None].expand_as(maps)
+        return full.scatter_(1, index, maps * self.present[:, :, None, None].to(maps.dtype))
+
+
 @dataclass
 class Cams:
-    """Maps in 0..1 at image size, [B, C, H, W]; zero for classes the image label excludes."""
+    """Maps in 0..1 at image size, [B, C, H, W]; zero for classes the image label excludes.
 
-    cam: Tensor  # main classifier
-    aux_cam: Tensor  # auxiliary classifier
-    refined: Tensor | None  # main map after the affinity; None when not asked for
+    Only the maps of classes present are kept; each property fills in the zeros anew.
+    """
+
+    select: _Selection
+    packed: list[Tensor]  # [B, P, H, W]: main, auxiliary and, with affinity, refined maps
+
+    @property
+    def cam(self) -> Tensor:
+        """Main classifier."""
+        return self.select.unpack(self.packed[0])
+
+    @property
+    def aux_cam(self) -> Tensor:
+        """Auxiliary classifier."""
+        return self.select.unpack(self.packed[1])
+
+    @property
+    def refined(self) -> Tensor | None:
+        """Main map after the affinity; None when not asked for."""
+        return self.select.unpack(self.packed[2]) if len(self.packed) > 2 else None
 
     @property
     def best(self) -> Tensor:
         """The map pseudo-labels are made from: refined where there is one (SS-EPA, Section 3.3)."""
-        return self.cam if self.refined is None else self.refined
+        return self.cam if len(self.packed) == 2 else self.refined
 
 
 def normalise_cam(cam: Tensor) -> Tensor:
@@ -44,26 +81,6 @@ def cam_to_label(cam: Tensor, background: float) -> Tensor:
 def refine(output: NetworkOutput, maps: Tensor) -> Tensor:
     """Affinity × map. [B, X, h, w] → [B, X, h, w]."""
     return (output.affinity @ maps.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, output.grid)
-
-
-class _Selection:
-    """The classes present in each image, packed to the front: maps of absent classes are never computed."""
-
-    def __init__(self, label: Tensor):
-        self.classes = label.shape[1]
-        count = max(1, int(label.sum(1).max()))
-        self.present, self.index = label.topk(count, dim=1)  # [B, P]
-
-    def pack(self, maps: Tensor) -> Tensor:
-        """[b·B, C, h, w] → [b·B, P, h, w]."""
-        index = self.index.repeat(len(maps) // len(self.index), 1)
-        return maps.gather(1, index[:, :, None, None].expand(-1, -1, *maps.shape[-2:]))
-
-    def unpack(self, maps: Tensor) -> Tensor:
-        """[B, P, H, W] → [B, C, H, W], zero for absent classes."""
-        full = maps.new_zeros(len(maps), self.classes, *maps.shape[-2:])
-        index = self.index[:, :, None, None].expand_as(maps)
-        return full.scatter_(1, index, maps * self.present[:, :, None, None].to(maps.dtype))
 
 
 def _maps(output: NetworkOutput, select: _Selection, affinity: bool, auxiliary: bool) -> list[Tensor]:
@@ -114,8 +131,7 @@ def multi_scale_cam(
             maps = [torch.maximum(*_mirror_back(m)) for m in maps]
         maps = [m.relu() for m in maps]
         totals = maps if totals is None else [a + b for a, b in zip(totals, maps, strict=True)]
-    full = [select.unpack(normalise_cam(m)) for m in totals]
-    return Cams(cam=full[0], aux_cam=full[1], refined=full[2] if affinity else None)
+    return Cams(select, [normalise_cam(m) for m in totals])
 
 
 def _mirror_back(maps: Tensor) -> tuple[Tensor, Tensor]:

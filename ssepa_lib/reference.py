@@ -4,7 +4,7 @@ Float32 throughout, attention maps built and kept, one forward pass per scale an
 image by image and threshold by threshold over unfolded neighbourhoods, the energy's filter on the processor.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import hypot
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ssepa_lib.cam import Cams, normalise_cam, valid_cam
+from ssepa_lib.cam import normalise_cam, valid_cam
 from ssepa_lib.losses import dense_energy, segmentation_loss
 from ssepa_lib.network import Network, evaluating
 from ssepa_lib.objectives import Segmentation, Step
@@ -50,8 +50,23 @@ def stacked_affinity(network: Network, maps: list[Tensor]) -> Tensor:
     return torch.einsum("bk,bkij->bij", weights, stack)[:, prefix:, prefix:] / len(maps)
 
 
+@dataclass
+class FullCams:
+    """`cam.Cams` with every class kept, [B, C, H, W] each."""
+
+    cam: Tensor
+    aux_cam: Tensor
+    refined: Tensor | None
+
+    @property
+    def best(self) -> Tensor:
+        return self.cam if self.refined is None else self.refined
+
+
 @torch.no_grad()
-def reference_cam(network: Network, image: Tensor, label: Tensor, config: CamConfig, *, affinity: bool = False) -> Cams:
+def reference_cam(
+    network: Network, image: Tensor, label: Tensor, config: CamConfig, *, affinity: bool = False
+) -> FullCams:
     """`cam.multi_scale_cam` with one forward pass per scale and mirror, all classes, and the affinity as a matrix."""
     steps, auxiliary = network.affinity_config.steps, network.affinity_config.auxiliary
 
@@ -80,7 +95,7 @@ def reference_cam(network: Network, image: Tensor, label: Tensor, config: CamCon
             maps = [torch.maximum(a, b) for a, b in zip(maps, view(scale, True), strict=True)]
         totals = [m.relu() + (totals[i] if totals else 0) for i, m in enumerate(maps)]
     cams = [valid_cam(normalise_cam(m), label) for m in totals]
-    return Cams(cams[0], cams[1], cams[2] if affinity else None)
+    return FullCams(cams[0], cams[1], cams[2] if affinity else None)
 
 
 def _unfolded(maps: Tensor, dilations: list[int]) -> Tensor:
@@ -131,7 +146,7 @@ def reference_labels(image: Tensor, cam: Tensor, label: Tensor, box: Tensor, con
 
 class _ReferenceStep(Step):
     @cached_property
-    def cams(self) -> Cams:
+    def cams(self) -> FullCams:
         with evaluating(self.network):
             return reference_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
                                  affinity=self.with_affinity)  # fmt: skip
