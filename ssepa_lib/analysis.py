@@ -181,7 +181,8 @@ def analytic_activation_bytes(
     after GELU (2·ratio·D). Fused attention adds one float32 per query and head, plain attention a T² map per head.
     After the last block: the final norm's input and statistics. Before the first: the image, for the patch embedding.
     Autocast adds one low-precision copy of every weight matrix. Checkpointing keeps only the input of every block; one
-    block at a time is rebuilt in the backward pass. Classifier and decoder are not included.
+    block at a time is rebuilt in the backward pass. Classifier and decoder are not included, nor what a processor adds
+    under autocast for attending to short sequences in float32 (10·D bytes per block and token).
 
     Args:
         batch: B. tokens: T, patches and prefix tokens. width: D. depth: K. heads: H. prefix: tokens without a patch.

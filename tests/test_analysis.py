@@ -165,7 +165,7 @@ def test_formula_equals_the_measured_bytes(checkpointing):
     assert measured == sum(terms.values())
 
 
-def test_formula_holds_under_autocast_and_with_plain_attention():
+def test_formula_holds_under_autocast_and_with_plain_attention(monkeypatch):
     recipe = load_recipe("shapes/toco", {"model.backbone_args": TINY, "model.weights": "none"})
     backbone, image = Backbone(recipe.model), images(2, (32, 32))
 
@@ -174,6 +174,9 @@ def test_formula_holds_under_autocast_and_with_plain_attention():
             return backbone(image)
 
     terms = analytic_activation_bytes(2, 17, 24, 3, 2, pixels=3 * 32 * 32, value=2)
+    in_float32 = 3 * (3 * 2 + 4) * 2 * 17 * 24  # three layers: queries, keys, values; the output beside its bf16 copy
+    assert saved_activation_bytes(autocast, backbone) == sum(terms.values()) + in_float32
+    monkeypatch.setattr("ssepa_lib.backbone.SHORT", 0)
     assert saved_activation_bytes(autocast, backbone) == sum(terms.values())
 
     timm.layers.set_fused_attn(False)
