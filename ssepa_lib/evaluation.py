@@ -213,7 +213,7 @@ class _Pass:
             maps = {"cam": cams.cam, "aux_cam": cams.aux_cam, "refined_cam": cams.refined}
             maps = {name: m for name, m in maps.items() if m is not None}
             if "pseudo_label" + suffix in self.labels:
-                pseudo = single_threshold_labels(images.float(), cams.best.float(), labels, self.par, cam.background)
+                pseudo = single_threshold_labels(images.float(), maps[self.source], labels, self.par, cam.background)
         return logits, maps, pseudo
 
     def _count(self, way, logits, maps, pseudo, label, mask: Tensor) -> Iterator[tuple]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import describe_inference
+from ssepa_lib.evaluation import INFERENCE, describe_inference, product_names
 
 METHODS = {
     "toco": "ToCo",
@@ -18,8 +18,7 @@ METHODS = {
     "ssepa_fsr": "SS-EPA + FSR",
 }
 OURS = "this workbook"
-SEGMENTATION = ("segmentation", "segmentation_ms", "segmentation_ms_crf")
-PSEUDO_LABEL = ("pseudo_label", "pseudo_label_ms", "pseudo_label_ms_crf")
+SEGMENTATION, PSEUDO_LABEL = (product_names([name], tuple(INFERENCE)) for name in ("segmentation", "pseudo_label"))
 STRATEGIES = {
     "none": "SS-EPA (w/o Patch Affinity)",
     "all_heads": "SS-EPA (with Patch Affinity)",
