@@ -138,12 +138,13 @@ class Backbone(nn.Module):
         for index, block in enumerate(self.vit.blocks):
             compiled = block._compiled_call_impl is not None
             call = partial(attention.run, block) if capture or not (compiled or x.is_cuda) else block
-            if self.checkpointing and torch.is_grad_enabled() and not capture:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(call, x, use_reentrant=False, **extra)
             else:
                 x = call(x, **extra)
             if index == self.aux_block:
                 aux = x
+        attention.capture = False  # a recomputed block must not record again
         if capture and len(attention.queries) != self.depth:
             raise UserError("the backbone does not use fused attention, so its affinity cannot be read; "
                             "unset TIMM_FUSED_ATTN=0 or choose a plain vision transformer.")  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 STEP = 0.7  # grid spacing in units of σ
 DRAWS = 2**17  # dithered positions of all pixels together: the fewer pixels, the more for each
 EXACT_PIXELS = 64**2  # up to here the exact sum is cheaper than a grid
-PIECE = 2**23  # bytes blurred at once: the grid is the largest tensor of a training step, and a copy would double it
+PIECE = {"cpu": 2**20, "cuda": 2**26}  # bytes blurred at once: a processor has a cache to keep to
 TINY = 1e-7  # taken as 0: products of such numbers become denormal, which processors multiply very slowly
 GOLDEN = 1.068297188920841  # root of x¹¹ = x + 1: its powers give an evenly spread ten-dimensional sequence
 
@@ -71,18 +71,15 @@ def _grid(features: Tensor, values: Tensor) -> Tensor:
     count = torch.arange(draws * pixels, dtype=torch.float64, device=values.device)
     offsets = torch.stack([count.mul(GOLDEN**-k).remainder_(1).float() for k in range(1, 11)])
     index = node((where.repeat(1, draws) + offsets[:5] + offsets[5:] - 1).round())
-    values = values.where(values.abs() > TINY, 0)
-    grid = values.new_zeros(prod(shape), channels).index_add_(0, index, (values / draws).repeat(draws, 1))
-    # blur in place, piece by piece; a quadratic B-spline has variance 1/4
-    pieces = ceil(grid.nbytes / PIECE)
-    deviation = (STEP**-2 - 2 / 4) ** 0.5  # in nodes
-    for axis, size in enumerate(shape):
-        nodes = torch.arange(size, device=values.device)
-        kernel = torch.exp(-((nodes[:, None] - nodes) / deviation).square() / 2) / (STEP * deviation)
-        kernel = kernel.where(kernel > TINY, 0)
-        lines = grid.view(prod(shape[:axis]), size, -1)
-        for part in lines.tensor_split(min(pieces, len(lines))) if axis else lines.tensor_split(pieces, 2):
-            part.copy_(kernel @ part)
+    del count, offsets
+    values = values.where(values.abs() > TINY, 0) / draws
+    grid = values.new_zeros(prod(shape), channels)
+    for draw in index.split(pixels):
+        grid.index_add_(0, draw, values)
+    # blur colours for some positions at a time, then positions for some colours at a time
+    kernels = [_kernel(size, grid) for size in shape]
+    _blur(grid.view(prod(shape[:2]), *shape[2:], channels), {axis - 1: kernels[axis] for axis in (4, 3, 2)}, 0)
+    _blur(grid.view(*shape[:2], -1), {axis: kernels[axis] for axis in (1, 0)}, 2)
     # slice: the 27 nodes around a colour at once, for each of the 9 around a position
     nearest = where.round()
     t = where - nearest
@@ -96,6 +93,24 @@ def _grid(features: Tensor, values: Tensor) -> Tensor:
         colours = F.embedding_bag(at, grid, per_sample_weights=weights, mode="sum")
         result.addcmul_(colours, (taps[y, 0] * taps[x, 1])[:, None])
     return result
+
+
+def _kernel(size: int, grid: Tensor) -> Tensor:
+    """The blur along one axis as a matrix, [size, size]; a quadratic B-spline has variance 1/4."""
+    nodes = torch.arange(size, device=grid.device)
+    deviation = (STEP**-2 - 2 / 4) ** 0.5  # in nodes
+    kernel = torch.exp(-((nodes[:, None] - nodes) / deviation).square() / 2) / (STEP * deviation)
+    return kernel.where(kernel > TINY, 0)
+
+
+def _blur(grid: Tensor, kernels: dict[int, Tensor], split: int) -> None:
+    """Apply a matrix to each of some axes, in place, a piece along another axis at a time: a copy would double it."""
+    pieces = ceil(grid.nbytes / PIECE.get(grid.device.type, 2**26))
+    for piece in grid.tensor_split(min(grid.shape[split], pieces), split):
+        part = piece
+        for axis, kernel in kernels.items():
+            part = (kernel @ part.reshape(prod(part.shape[:axis]), part.shape[axis], -1)).view(part.shape)
+        piece.copy_(part)
 
 
 def _compact(features: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ssepa_lib.datasets import IGNORE, IMAGE_SUFFIXES, SegmentationDataset, read
 from ssepa_lib.device import autocast
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import INFERENCE, background_and_cam, cam_view, merge_scales, require_known, scale_logits
+from ssepa_lib.network import evaluating
 from ssepa_lib.pseudo_labels import single_threshold_labels
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
@@ -127,12 +128,12 @@ def predictions(
     require_known("inference", [inference], tuple(INFERENCE))
     device, config = torch.device(device), recipe.eval
     scales, flip = ([1.0], False) if inference == "raw" else (config.scales, config.flip)
-    network = network.to(device).eval()
+    network = network.to(device)
 
     def segmented():
         done = 0
         for ids, images, _, _ in eval_batches(dataset, recipe.data.eval_size, config.batch, recipe.data.workers):
-            with autocast(recipe.train.precision, device):
+            with evaluating(network), autocast(recipe.train.precision, device):
                 maps = scale_logits(network, images.to(device), scales, flip)
             for i, id in enumerate(ids):
                 original = dataset.image(done)
@@ -199,7 +200,7 @@ def export_pseudo_labels(
     require_known("inference", [inference], tuple(INFERENCE))
     config, crf = cam_view(recipe.cam, inference), inference == "crf"
     par = PixelAdaptiveRefinement(config.par_dilations, config.par_iterations).to(device)
-    affinity, network = recipe.affinity.kind != "none", network.to(device).eval()
+    affinity, network = recipe.affinity.kind != "none", network.to(device)
     out.mkdir(parents=True, exist_ok=True)
 
     def maps():
@@ -212,7 +213,7 @@ def export_pseudo_labels(
                     f"split '{dataset.split}' of {dataset.name} has no labels; choose a split that has them."
                 )
             images, labels = images.to(device), labels.to(device)
-            with autocast(recipe.train.precision, device):
+            with evaluating(network), autocast(recipe.train.precision, device):
                 cam = multi_scale_cam(network, images, labels, config, affinity=affinity).best
             refined = None if crf else single_threshold_labels(images, cam, labels, par, config.background)
             for i, id in enumerate(ids):

@@ -103,7 +103,7 @@ def split_of(recipe: Recipe, split: str = "val", images: int = 0) -> Segmentatio
 def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: str = "auto", **options: Any) -> dict:
     """Evaluate a finished run on a split once; later calls with the same setting read its `metrics.json`.
 
-    What the file already holds of the same run and images is kept, so that asking for more adds to it.
+    What the file already holds of the same run and images is kept: asking for more computes only what is missing.
 
     Args:
         images: see `split_of`.
@@ -119,10 +119,13 @@ def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: s
     key = {"recipe_hash": recipe.hash(), "images": len(dataset), "size": recipe.data.eval_size}
     if known and not key.items() <= known["setting"].items():
         known = None
-    wanted = product_names(options.get("products", PRODUCTS), options.get("inference", ("raw",)))
-    if known and set(wanted) <= set(known["miou"]):
+    products, inference = options.pop("products", PRODUCTS), options.pop("inference", ("raw",))
+    there = set(known["miou"]) if known else set()
+    missing = [way for way in inference if not there.issuperset(product_names(products, (way,)))]
+    if known and not missing:
         return known
-    result = evaluate(network, recipe, dataset, device=resolve_device(device), **options)
+    result = evaluate(network, recipe, dataset, device=resolve_device(device), products=products, inference=missing,
+                      **options)  # fmt: skip
     if known:
         for part in ("miou", "per_class", "threshold_curve"):
             result[part] = known[part] | result[part]

@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssepa_lib.analysis import saved_activation_bytes
 from ssepa_lib.backbone import Backbone
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import ModelConfig
@@ -81,15 +84,20 @@ def test_mask_token_replaces_exactly_the_masked_patches():
     assert not torch.allclose(backbone(image).patches, backbone(changed).patches)
 
 
-def test_checkpointing_changes_no_gradient():
-    image, grads = torch.rand(1, 3, 32, 32) * 255, []
+@pytest.mark.parametrize("capture", [False, True])
+def test_checkpointing_changes_no_gradient(capture):
+    image, grads, kept = torch.rand(1, 3, 32, 32) * 255, [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         config = ModelConfig(backbone="vit_tiny_patch16_224", backbone_args=ARGS, weights="none")
         backbone = Backbone(config, checkpointing=checkpointing)
-        backbone(image).patches.square().sum().backward()
+        out = backbone(image, capture=capture)
+        out.patches.square().sum().backward()
         grads.append(backbone.vit.blocks[0].attn.qkv.weight.grad)
+        assert len(out.queries) == len(out.keys) == capture * backbone.depth, "not recorded again when recomputed"
+        kept.append(saved_activation_bytes(partial(backbone, image, capture=capture), backbone))
     torch.testing.assert_close(*grads)
+    assert 2 * kept[1] < kept[0], "blocks are recomputed, with affinity too"
 
 
 def test_pooled_class_token_drops_prefix_tokens():

@@ -64,10 +64,13 @@ def test_an_arm_is_a_run_of_its_own_unless_its_recipe_is_there(study_runs):
     assert list(summary(table, ["variant"], ["cam"])["variant"]) == list(arms)
 
 
-def test_another_setting_is_evaluated_again(study_runs):
-    folder = study.run_folder("shapes", "ssepa", 1)
+def test_another_setting_is_evaluated_again_and_only_what_is_missing(study_runs, monkeypatch):
+    folder, asked = study.run_folder("shapes", "ssepa", 1), []
+    evaluate = study.evaluate
+    monkeypatch.setattr(study, "evaluate", lambda *args, **o: asked.append(o["inference"]) or evaluate(*args, **o))
     assert study.evaluate_run(folder, images=3, device="cpu")["setting"]["images"] == 3
-    more = study.evaluate_run(folder, images=3, device="cpu", inference=("ms",))
+    more = study.evaluate_run(folder, images=3, device="cpu", inference=("raw", "ms"))
+    assert asked == [["raw"], ["ms"]]
     assert {"segmentation", "segmentation_ms"} <= set(more["miou"]), "what was there stays"
     assert {"segmentation", "segmentation_ms"} <= set(more["setting"]["products"])
     assert study.evaluate_run(folder, images=3, device="cpu") == more, "a result with more in it serves as well"
