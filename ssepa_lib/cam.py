@@ -126,14 +126,16 @@ def multi_scale_cam(
         if scale == 1 and first is not None:
             shared = _maps(first, select, affinity, auxiliary)
             maps = [torch.cat([a, b]) for a, b in zip(shared, maps, strict=True)] if maps else shared
-        maps = [F.interpolate(m.float(), size, mode="bilinear", align_corners=False) for m in maps]
-        if config.flip:
-            maps = [torch.maximum(*_mirror_back(m)) for m in maps]
-        maps = [m.relu() for m in maps]
-        totals = maps if totals is None else [a + b for a, b in zip(totals, maps, strict=True)]
+        maps = [_full_size(m.float(), size, config.flip) for m in maps]
+        totals = maps if totals is None else [a.add_(b) for a, b in zip(totals, maps, strict=True)]
     return Cams(select, [normalise_cam(m) for m in totals])
 
 
-def _mirror_back(maps: Tensor) -> tuple[Tensor, Tensor]:
-    plain, mirrored = maps.chunk(2)
-    return plain, mirrored.flip(-1)
+def _full_size(maps: Tensor, size: torch.Size, flip: bool) -> Tensor:
+    """Maps, with `flip` followed by those of the mirrored images, at image size: their maximum, then ReLU."""
+    plain, *mirrored = maps.chunk(2) if flip else (maps,)
+    full = F.interpolate(plain, size, mode="bilinear", align_corners=False)
+    for other in mirrored:  # mirroring back first is the same, and cheaper
+        other = F.interpolate(other.flip(-1), size, mode="bilinear", align_corners=False)
+        torch.maximum(full, other, out=full)
+    return full.relu_()
