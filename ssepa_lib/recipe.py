@@ -126,7 +126,7 @@ class LossConfig:
     ctc: float = 0.5  # class token contrast
     seg: float = 0.1  # segmentation cross-entropy, from `switch` on
     reg: float = 0.05  # dense energy, from `switch` on
-    unc: float = 0.0  # FSR on uncertain patches
+    unc: float = 0.0  # FSR on uncertain patches; where cer is 0 too, images come in the views of ToCo
     cer: float = 0.0  # FSR on the class token
 
     def __post_init__(self) -> None:
