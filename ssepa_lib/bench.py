@@ -85,12 +85,13 @@ def make_row(
 
 @dataclass
 class Setup:
-    """Where and how large: ViT-B at 448² on a GPU, ViT-Tiny at 224² on a processor, a toy with `quick`."""
+    """Where and how large: ViT-B at 448² on a GPU or with `full`, else ViT-Tiny at 224²; a toy with `quick`."""
 
     device: torch.device
     quick: bool = False
     data: Path | None = None  # VOC folder; None: built-in scenes
     seconds: float = 60.0  # after which a comparison starts no further round
+    full: bool = False  # the published size on a processor too
     _scenes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -98,8 +99,12 @@ class Setup:
         return self.device.type == "cuda"
 
     @property
+    def large(self) -> bool:
+        return self.gpu or self.full
+
+    @property
     def side(self) -> int:
-        return 64 if self.quick else 448 if self.gpu else 224
+        return 64 if self.quick else 448 if self.large else 224
 
     @property
     def rounds(self) -> int:
@@ -115,7 +120,7 @@ class Setup:
     ) -> Recipe:  # fmt: skip
         """A recipe at this setup's size with random weights."""
         settings = {
-            "model.backbone": BACKBONES[self.gpu], "model.weights": "none", "data.crop": self.side,
+            "model.backbone": BACKBONES[self.large], "model.weights": "none", "data.crop": self.side,
             "data.batch": batch, "affinity.strategy": strategy, "train.device": self.device.type,
             "train.checkpointing": checkpointing,
         }  # fmt: skip
@@ -123,14 +128,14 @@ class Setup:
             small = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 2}
             head = {"local_size": 32, "local_crops": 2, "hidden": 64, "bottleneck": 32, "outputs": 64}
             settings |= {"model.backbone_args": small} | {f"contrast.{k}": v for k, v in head.items()}
-        elif not self.gpu:
+        elif not self.large:
             settings |= {"contrast.local_size": 64, "contrast.hidden": 512, "contrast.bottleneck": 128}
         if depth:
             settings["model.backbone_args"] = {**settings.get("model.backbone_args", {}), "depth": depth}
         return load_recipe(f"voc/{method}", settings)
 
     def describe(self, batch: int, side: int = 0, depth: int = 0) -> str:
-        name = "toy ViT" if self.quick else "ViT-B/16" if self.gpu else "ViT-Ti/16"
+        name = "toy ViT" if self.quick else "ViT-B/16" if self.large else "ViT-Ti/16"
         return f"{name}{f', {depth} blocks' if depth else ''}, {side or self.side}², batch {batch}"
 
     def dataset(self) -> SegmentationDataset:
@@ -274,7 +279,7 @@ def affinity(setup: Setup) -> Iterator[Row]:
 
 def step(setup: Setup) -> Iterator[Row]:
     """The reference-style step against ours, whole and by parts."""
-    size = 4
+    size = 1 if setup.full and not setup.gpu else 4  # the reference keeps 1.9 GB per image at the published size
     batch, setting, recipe = setup.batch(size), setup.describe(size), setup.recipe(batch=size)
     ours = Trainer(recipe, VOC_CLASSES, setup.device)
     exact = reference.ReferenceTrainer(recipe, VOC_CLASSES, setup.device)
@@ -298,7 +303,7 @@ def step(setup: Setup) -> Iterator[Row]:
     yield _overhead("step", "step time, blocks recomputed", setting, seconds["lean"], seconds["ours"],
                     note="reference: without recomputing")  # fmt: skip
     yield _kept(setup, recipe, setting)
-    if not setup.gpu and not setup.quick:
+    if not setup.large and not setup.quick:
         changes = {"model.weights": "none", "data.batch": 1, "train.device": setup.device.type}
         yield _kept(setup, load_recipe("voc/ssepa", changes), "ViT-B/16, 448², batch 1")
     yield from _parts(setup, ours, fast, batch, setting, statistics.median(seconds["ours"]))
@@ -557,22 +562,27 @@ def to_markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def open_setup(device: str, *, quick: bool = False, data: Path | None = None, seconds: float = 60.0) -> Setup:
+def open_setup(
+    device: str, *, quick: bool = False, full: bool = False, data: Path | None = None, seconds: float = 60.0
+) -> Setup:
     """A setup on a device; photographs are taken from `data`, else from VOC where it is at hand."""
     root = data or voc_root()
     found = (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation" / "train.txt").is_file()
     if data and not found:
         raise UserError(f"{data} holds no VOC 2012 data; name the folder with JPEGImages/ and ImageSets/.")
-    return Setup(resolve_device(device), quick, root if found and not (quick and not data) else None, seconds)
+    return Setup(resolve_device(device), quick, root if found and not (quick and not data) else None, seconds, full)
 
 
-def run_suites(suites: list[str], out: Path | None, *, quick: bool = False, device: str = "auto") -> int:
+def run_suites(
+    suites: list[str], out: Path | None, *, quick: bool = False, full: bool = False, device: str = "auto"
+) -> int:
     """Measure, print one table per suite, and write `bench.json` and `bench.md`.
 
     Args:
         suites: names out of `SUITES`; empty: all.
         out: folder for the results; None: `results/bench`.
         quick: toy sizes and two rounds, to see that everything runs; targets do not count then.
+        full: the published size, ViT-B at 448², on a processor too.
         device: auto, cpu or cuda.
 
     Returns:
@@ -584,7 +594,7 @@ def run_suites(suites: list[str], out: Path | None, *, quick: bool = False, devi
     for name in suites:
         if name not in SUITES:
             raise UserError(f"there is no suite '{name}'; choose from {', '.join(SUITES)}.")
-    setup = open_setup(device, quick=quick)
+    setup = open_setup(device, quick=quick, full=full)
     out = out or results_root() / "bench"
     out.mkdir(parents=True, exist_ok=True)
     report, rows = {"machine": machine(setup.device), "quick": quick, "data": "VOC" if setup.data else "built-in"}, []

@@ -245,7 +245,7 @@ def bench(args: argparse.Namespace) -> int:
     """Run benchmark suites."""
     from ssepa_lib.bench import run_suites
 
-    return run_suites(args.suite, args.out, quick=args.quick, device=args.device)
+    return run_suites(args.suite, args.out, quick=args.quick, full=args.full, device=args.device)
 
 
 def gpu(args: argparse.Namespace) -> int:
@@ -354,7 +354,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(bench, "measure speed and memory; every row is a ratio within one run")
     sub.add_argument("suite", nargs="*", help="affinity, step, par, energy, loader, crf, scaling; default all")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="default results/bench")
-    sub.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
+    size.add_argument("--full", action="store_true", help="ViT-B at 448² also on a processor (minutes per row)")
     device(sub)
 
     sub = add(gpu, "check, measure and train on a GPU within a few minutes; writes one JSON, a table and figures")

@@ -42,13 +42,15 @@ class DataConfig:
     train_images: int = 0  # use the first so many training images; 0: all
     val_images: int = 0  # the same for validation
     crop: int = 448  # side of a training crop, pixels
-    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])  # random resize before the crop
+    views: str = "toco"  # training image: toco, a crop after a random resize; fsr, a random resized crop
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])  # random resize before the crop of toco
     batch: int = 4  # images per step over all processes (a different total changes results)
     workers: int = 2  # loader processes; 0: none
     eval_size: int = 448  # side of the square an image is resized to for evaluation; 0: original size
 
     def __post_init__(self) -> None:
         _choice("data", "name", self.name, ("shapes", "voc", "coco", "folder"))
+        _choice("data", "views", self.views, ("toco", "fsr"))
         _require(self.crop > 0 and self.batch > 0, "data.crop and data.batch must be positive.")
         _require(self.workers >= 0, "data.workers must be 0 or more.")
         _require(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale must be [low, high].")
@@ -126,7 +128,7 @@ class LossConfig:
     ctc: float = 0.5  # class token contrast
     seg: float = 0.1  # segmentation cross-entropy, from `switch` on
     reg: float = 0.05  # dense energy, from `switch` on
-    unc: float = 0.0  # FSR on uncertain patches; where cer is 0 too, images come in the views of ToCo
+    unc: float = 0.0  # FSR on uncertain patches
     cer: float = 0.0  # FSR on the class token
 
     def __post_init__(self) -> None:
@@ -152,8 +154,8 @@ class ContrastConfig:
 class ReinforceConfig:
     """Feature self-reinforcement (FSR, Sections 3.2 to 3.4)."""
 
-    view_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])
-    augmentation: str = "none"  # extra augmentation arm: none, blur, solarise or autoaugment
+    view_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # share of the image in a view
+    augmentation: str = "none"  # extra augmentation of the views: none, blur, solarise or autoaugment
     selection: str = "loose"  # masked blocks: random, edge, strict (uncertain only) or loose (uncertain first)
     mask_ratio: float = 0.4
     mask_block: int = 4  # side of a masked block, patches
@@ -256,7 +258,7 @@ class Recipe:
         """Ten hex digits that change whenever the trained result could (not for logging, loading or evaluation)."""
         content = asdict(self)
         content.pop("name"), content.pop("eval")
-        if not self.self_reinforced:
+        if not self.self_reinforced and self.data.views != "fsr":
             content.pop("reinforce")
         if self.model.aggregator == "class_token":
             content["model"].pop("keep_class_token")

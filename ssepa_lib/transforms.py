@@ -103,12 +103,12 @@ class TrainViews(Dataset):
     probabilities of blur open and these are DINO's for local and second global views. Padding stays black: colours
     change before it is added.
 
-    FSR (`recipe.self_reinforced`): `image` and `view2` are two independent bicubic RandomResizedCrops with mirror and
-    jitter (p 0.5), and the augmentation arm if the recipe names one; the box is the whole view.
+    FSR (`data.views`): a bicubic RandomResizedCrop with mirror and jitter (p 0.5), and the augmentation arm if the recipe
+    names one; the box is the whole view. `view2`, for FSR's terms, is another such crop, independent of the first.
 
     Args:
         dataset: pictures and labels; masks are not read.
-        recipe: its fields data, losses.ctc, contrast, reinforce and train.seed count.
+        recipe: its fields data, the losses' ctc, unc and cer, contrast, reinforce and train.seed count.
     """
 
     def __init__(self, dataset: SegmentationDataset, recipe: Recipe) -> None:
@@ -168,14 +168,16 @@ class TrainViews(Dataset):
 
     def _views(self, name: str, image: Image.Image, label: Tensor) -> Views:
         side = self.data.crop
-        if self.reinforced:
+        if self.data.views == "fsr":
             crop, top, left = self.fsr_geometry(image), 0, 0
-            coloured, view2 = self.fsr_colour(crop), F.pil_to_tensor(self.fsr_colour(self.fsr_geometry(image)))
+            coloured = self.fsr_colour(crop)
         else:
             crop = self._scaled_crop(image)
             top, left = _integer(side - crop.height), _integer(side - crop.width)
-            coloured, view2 = self.crop_colour(crop), None
-        global2 = local_source = None
+            coloured = self.crop_colour(crop)
+        global2 = local_source = view2 = None
+        if self.reinforced:
+            view2 = F.pil_to_tensor(self.fsr_colour(self.fsr_geometry(image)))
         if self.contrasted:
             global2 = F.pil_to_tensor(self.second_global(image))
             local_source = _padded(self.local_colour(crop), side, top, left)

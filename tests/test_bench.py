@@ -106,6 +106,13 @@ def test_ratios_and_targets():
     assert bench.pairwise([2, 4, 90], [1, 2, 30]) == 2  # the disturbed round does not move the median
 
 
+def test_the_published_size_can_be_asked_for_on_a_processor():
+    small, full = (bench.Setup(torch.device("cpu"), full=f) for f in (False, True))
+    assert (small.side, full.side) == (224, 448) and full.describe(1).startswith("ViT-B/16, 448²")
+    assert "base" in full.recipe().model.backbone and full.recipe().contrast.local_size == 96
+    assert full.target("≥ 2") == "≥ 2"
+
+
 def test_calls_are_interleaved():
     calls = []
     setup = bench.Setup(torch.device("cpu"), quick=True)

@@ -68,5 +68,7 @@ def test_round_trip_and_hash(tmp_path):
     assert load_recipe("voc/toco", masks).hash() == load_recipe("voc/toco").hash()
     kept = {"model.keep_class_token": True}
     assert load_recipe("voc/toco", kept).hash() == load_recipe("voc/toco").hash()
+    arms = ({"data.views": "fsr"}, {"data.views": "fsr", "reinforce.view_scale": [0.5, 1.0]})
+    assert len({load_recipe("voc/toco", arm).hash() for arm in ({}, *arms)}) == 3
     assert load_recipe("voc/fsr", kept).hash() != load_recipe("voc/fsr").hash()
     assert load_recipe("voc/fsr", masks).hash() != load_recipe("voc/fsr").hash()

@@ -118,11 +118,22 @@ def test_views_that_no_loss_needs_are_not_made(tiny):
     assert item.global2 is None and item.local_source is None and item.view2 is None
     item = TrainViews(data, tiny())[0]
     assert item.global2.shape == item.local_source.shape == (3, 32, 32) and item.view2 is None
+    item = TrainViews(data, tiny("fsr", **{"losses.unc": 0.0, "losses.cer": 0.0}))[0]
+    assert item.view2 is None
+
+
+def test_terms_leave_the_training_image_alone(tiny):
+    data, off = ShapesDataset("train", 4), {"losses.unc": 0.0, "losses.cer": 0.0}
+    for views in ("toco", "fsr"):
+        with_terms, without = (TrainViews(data, tiny("fsr", **{"data.views": views} | terms)) for terms in ({}, off))
+        for position in range(4):
+            assert torch.equal(with_terms[position].image, without[position].image)
+            assert not torch.equal(with_terms[position].image, with_terms[position].view2)
 
 
 @pytest.mark.parametrize("arm", ["none", "blur", "solarise", "autoaugment"])
 def test_fsr_views(tiny, arm):
-    recipe = tiny(**{"losses.ctc": 0.0, "losses.unc": 0.1, "reinforce.augmentation": arm, "train.steps": 10})
+    recipe = tiny("fsr", **{"reinforce.augmentation": arm, "train.steps": 10})
     views = TrainViews(ShapesDataset("train", 4), recipe)
     items = [views[p] for p in range(20)]
     for item in items:
@@ -132,10 +143,10 @@ def test_fsr_views(tiny, arm):
 
 
 def test_fsr_views_cover_the_named_share_of_the_image(tiny):
-    settings = {"losses.ctc": 0.0, "losses.unc": 0.1, "train.steps": 50}
+    settings = {"losses.unc": 0.0, "losses.cer": 0.0, "train.steps": 50}
     shares = {}
     for scale in ([0.32, 0.32], [1.0, 1.0]):
-        views = plain(TrainViews(Ramp(60, 60), tiny(**settings, **{"reinforce.view_scale": scale})))
+        views = plain(TrainViews(Ramp(60, 60), tiny("fsr", **settings, **{"reinforce.view_scale": scale})))
         spans = [views[p].image.float().amax((1, 2)) - views[p].image.float().amin((1, 2)) for p in range(60)]
         shares[scale[0]] = float(torch.stack([s[0] * s[1] for s in spans]).median()) / 59**2
     assert shares[0.32] == pytest.approx(0.32, abs=0.08) and shares[1.0] > 0.75
