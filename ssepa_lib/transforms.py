@@ -103,8 +103,8 @@ class TrainViews(Dataset):
     probabilities of blur open and these are DINO's for local and second global views. Padding stays black: colours
     change before it is added.
 
-    FSR (`data.views`): a bicubic RandomResizedCrop with mirror and jitter (p 0.5), and the augmentation arm if the recipe
-    names one; the box is the whole view. `view2`, for FSR's terms, is another such crop, independent of the first.
+    FSR (`data.views`): a bicubic RandomResizedCrop with mirror and jitter (p 0.5), and the augmentation arm if the
+    recipe names one; the box is the whole view. `view2`, for FSR's terms, is another such crop, drawn on its own.
 
     Args:
         dataset: pictures and labels; masks are not read.
