@@ -103,7 +103,8 @@ def multi_scale_cam(
 
     For each scale image and mirror are encoded; the maps are resized to the image, mirrored back, and their
     element-wise maximum taken, then ReLU; the sum over scales is min-max normalised. The affinity is applied at each
-    scale, to the ReLU'd map, before resizing.
+    scale, to the ReLU'd map, before resizing; without `affinity.per_scale` to the sum, at the patches of scale 1: the
+    affinity of the image itself serves all scales.
 
     Args:
         image: [B, 3, H, W], 0..255.
@@ -111,7 +112,10 @@ def multi_scale_cam(
         affinity: also return the refined main map (and refine the auxiliary one where the recipe says so).
         first: output of the network on `image` itself, when it is already there; saves that pass at scale 1.
     """
-    auxiliary = affinity and network.affinity_config.auxiliary
+    refinement = network.affinity_config
+    auxiliary, per_scale = affinity and refinement.auxiliary, affinity and refinement.per_scale
+    if affinity and not per_scale and first is None:
+        first = network(image, segment=False, affinity=True)
     select, size, totals = _Selection(label), image.shape[-2:], None
     for scale in config.scales:
         x = image.float()
@@ -121,13 +125,15 @@ def multi_scale_cam(
         views += [x.flip(-1)] if config.flip else []
         maps: list[Tensor] = []
         if views:
-            output = network(torch.cat(views), segment=False, affinity=affinity)
-            maps = _maps(output, select, affinity, auxiliary)
+            output = network(torch.cat(views), segment=False, affinity=per_scale)
+            maps = _maps(output, select, per_scale, auxiliary)
         if scale == 1 and first is not None:
-            shared = _maps(first, select, affinity, auxiliary)
+            shared = _maps(first, select, per_scale, auxiliary)
             maps = [torch.cat([a, b]) for a, b in zip(shared, maps, strict=True)] if maps else shared
         maps = [_full_size(m.float(), size, config.flip) for m in maps]
         totals = maps if totals is None else [a.add_(b) for a, b in zip(totals, maps, strict=True)]
+    if affinity and not per_scale:
+        totals = _refine_total(first, totals, auxiliary)
     return Cams(select, [normalise_cam(m) for m in totals])
 
 
@@ -139,3 +145,12 @@ def _full_size(maps: Tensor, size: torch.Size, flip: bool) -> Tensor:
         other = F.interpolate(other.flip(-1), size, mode="bilinear", align_corners=False)
         torch.maximum(full, other, out=full)
     return full.relu_()
+
+
+def _refine_total(output: NetworkOutput, totals: list[Tensor], auxiliary: bool) -> list[Tensor]:
+    """Main, auxiliary and refined sums over scales at image size, from the first two and the affinity of scale 1."""
+    size, count = totals[0].shape[-2:], totals[0].shape[1]
+    maps = torch.cat(totals, 1) if auxiliary else totals[0]
+    maps = refine(output, F.interpolate(maps, output.grid, mode="bilinear", align_corners=False))
+    maps = F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+    return [totals[0], maps[:, count:] if auxiliary else totals[1], maps[:, :count]]

@@ -88,6 +88,7 @@ class AffinityConfig:
     supervision_weight: float = 0.1
     haaf_lr: float = 5e-3  # learning rate of HAAF's MLP
     steps: int = 1  # propagation steps
+    per_scale: bool = True  # refine the map of every scale; False: their sum, with the affinity of the image itself
     auxiliary: bool = False  # refine the auxiliary CAM too
 
     def __post_init__(self) -> None:

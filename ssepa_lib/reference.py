@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssepa_lib.cam import normalise_cam, valid_cam
 from ssepa_lib.losses import dense_energy, segmentation_loss
-from ssepa_lib.network import Network, evaluating
+from ssepa_lib.network import Network, NetworkOutput, evaluating
 from ssepa_lib.objectives import Segmentation, Step
 from ssepa_lib.pseudo_labels import IGNORE, inside
 from ssepa_lib.recipe import CamConfig, Recipe
@@ -69,6 +69,7 @@ def reference_cam(
 ) -> FullCams:
     """`cam.multi_scale_cam` with one forward pass per scale and mirror, all classes, and the affinity as a matrix."""
     steps, auxiliary = network.affinity_config.steps, network.affinity_config.auxiliary
+    per_scale, size = affinity and network.affinity_config.per_scale, image.shape[-2:]
 
     def refine(maps: Tensor, matrix: Tensor) -> Tensor:
         flat = maps.relu().flatten(2).transpose(1, 2)
@@ -76,16 +77,23 @@ def reference_cam(
             flat = matrix @ flat
         return flat.transpose(1, 2).unflatten(2, maps.shape[-2:])
 
+    def add_refined(maps: list[Tensor], matrix: Tensor) -> list[Tensor]:
+        return [maps[0], refine(maps[1], matrix) if auxiliary else maps[1], refine(maps[0], matrix)]
+
+    def resize(maps: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        return [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps]
+
+    def encode(x: Tensor) -> tuple[NetworkOutput, Tensor | None]:
+        with MaterialisedAttention(keep=True) as attention:
+            out = network(x, segment=False)
+        return out, stacked_affinity(network, attention.maps) if affinity else None
+
     def view(scale: float, mirror: bool) -> list[Tensor]:
         x = image.float()
         x = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        with MaterialisedAttention(keep=True) as attention:
-            out = network(x.flip(-1) if mirror else x, segment=False)
+        out, matrix = encode(x.flip(-1) if mirror else x)
         maps = [out.cam, out.aux_cam]
-        if affinity:
-            matrix = stacked_affinity(network, attention.maps)
-            maps = [out.cam, refine(out.aux_cam, matrix) if auxiliary else out.aux_cam, refine(out.cam, matrix)]
-        maps = [F.interpolate(m, image.shape[-2:], mode="bilinear", align_corners=False) for m in maps]
+        maps = resize(add_refined(maps, matrix) if per_scale else maps, size)
         return [m.flip(-1) for m in maps] if mirror else maps
 
     totals: list[Tensor] = []
@@ -94,6 +102,10 @@ def reference_cam(
         if config.flip:
             maps = [torch.maximum(a, b) for a, b in zip(maps, view(scale, True), strict=True)]
         totals = [m.relu() + (totals[i] if totals else 0) for i, m in enumerate(maps)]
+    if affinity and not per_scale:
+        out, matrix = encode(image)
+        refined = resize(add_refined(resize(totals, out.grid), matrix), size)
+        totals = [totals[0], refined[1] if auxiliary else totals[1], refined[2]]
     cams = [valid_cam(normalise_cam(m), label) for m in totals]
     return FullCams(cams[0], cams[1], cams[2] if affinity else None)
 

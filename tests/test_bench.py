@@ -41,10 +41,12 @@ def test_reference_refinement_and_labels_are_the_library_ones(scene, tiny):
     assert (theirs == ours).float().mean() > 0.999 and len(theirs.unique()) > 2
 
 
+@pytest.mark.parametrize("per_scale", [True, False])
 @pytest.mark.parametrize("auxiliary", [False, True])
-def test_reference_cam_is_the_library_one(scene, tiny, auxiliary):
+def test_reference_cam_is_the_library_one(scene, tiny, auxiliary, per_scale):
     image, label, _ = scene
-    recipe = tiny("ssepa", **{"affinity.auxiliary": auxiliary, "affinity.steps": 2})
+    settings = {"affinity.auxiliary": auxiliary, "affinity.per_scale": per_scale, "affinity.steps": 2}
+    recipe = tiny("ssepa", **settings)
     network = build_network(recipe, CLASSES).eval()
     torch.nn.init.normal_(network.haaf.mlp[2].weight)  # weights that differ from layer to layer
     for block in network.backbone.vit.blocks:  # peaked attention, so that refined maps differ by more than rounding

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -42,14 +43,40 @@ def test_multi_scale_cam_equals_the_slow_way(tiny):
 
 
 def test_a_shared_first_pass_changes_nothing(tiny):
-    for method, affinity in (("toco", False), ("ssepa", True)):
-        recipe = tiny(method, **{"affinity.auxiliary": affinity})
+    for method, affinity, per_scale in (("toco", False, True), ("ssepa", True, True), ("ssepa", True, False)):
+        recipe = tiny(method, **{"affinity.auxiliary": affinity, "affinity.per_scale": per_scale})
         network, image = build_network(recipe, CLASSES).eval(), torch.rand(2, 3, 32, 32) * 255
         alone = multi_scale_cam(network, image, LABEL, recipe.cam, affinity=affinity)
         first = network(image, affinity=affinity)
         shared = multi_scale_cam(network, image, LABEL, recipe.cam, affinity=affinity, first=first)
         for name in ("cam", "aux_cam", "refined") if affinity else ("cam", "aux_cam"):
             torch.testing.assert_close(getattr(alone, name), getattr(shared, name))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_affinity_of_the_image_itself_on_the_sum_over_scales(tiny, steps):
+    """affinity.per_scale false: the matrix of scale 1, unmirrored, on the summed maps at its patches."""
+    recipe = tiny("ssepa", **{"affinity.per_scale": False, "affinity.steps": steps})
+    network, image = build_network(recipe, CLASSES).eval(), torch.rand(2, 3, 32, 48) * 255
+    with torch.no_grad():
+        torch.nn.init.normal_(network.haaf.mlp[2].weight)
+        for block in network.backbone.vit.blocks:  # peaked attention: a near-constant map would magnify rounding
+            block.attn.qkv.weight *= 20
+        total = 0
+        for scale in recipe.cam.scales:
+            x = F.interpolate(image, scale_factor=scale, mode="bilinear") if scale != 1 else image
+            views = [network(x, segment=False).cam, network(x.flip(-1), segment=False).cam]
+            plain, mirror = (F.interpolate(v, image.shape[-2:], mode="bilinear") for v in views)
+            total = total + torch.maximum(plain, mirror.flip(-1)).relu()
+        out = network(image, segment=False, affinity=True)
+        columns = F.interpolate(total, out.grid, mode="bilinear").flatten(2).transpose(1, 2)
+        matrix = torch.linalg.matrix_power(out.affinity.dense(), steps)
+        refined = (matrix @ columns).transpose(1, 2).unflatten(2, out.grid)
+        expected = valid_cam(normalise_cam(F.interpolate(refined, image.shape[-2:], mode="bilinear")), LABEL)
+        cams = multi_scale_cam(network, image, LABEL, recipe.cam, affinity=True)
+        torch.testing.assert_close(cams.refined, expected, rtol=1e-3, atol=1e-4)
+        plain = multi_scale_cam(network, image, LABEL, recipe.cam)
+        assert torch.equal(cams.cam, plain.cam) and torch.equal(cams.aux_cam, plain.aux_cam)
 
 
 def test_refining_the_auxiliary_map_is_a_switch(tiny):
