@@ -65,7 +65,9 @@ class PatchAffinity:
 
     def _map(self, layer: int, rows: slice = slice(None)) -> Tensor:
         """Attention map of one layer, [B, H, rows, P+N], float32."""
-        logits = self.queries[layer][:, :, rows].float() @ self.keys[layer].float().transpose(-2, -1) * self.scale
+        q, k = self.queries[layer][:, :, rows].float(), self.keys[layer].float()
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q @ k.transpose(-2, -1) * self.scale
         return logits.softmax(-1) if self.source == "softmax" else logits
 
     def layer_map(self, layer: int) -> Tensor:
@@ -82,8 +84,9 @@ class PatchAffinity:
         q, k = self.queries[layer], self.keys[layer]
         heads, d = q.shape[1], q.shape[-1]
         if self.source == "logits":
-            inner = k.float().transpose(-2, -1) @ values.float().unsqueeze(1)  # [B, H, d, V]
-            return (q.float() @ inner).mean(1) * self.scale
+            with torch.autocast(q.device.type, enabled=False):  # sums that cancel do not survive bfloat16
+                inner = k.float().transpose(-2, -1) @ values.float().unsqueeze(1)  # [B, H, d, V]
+                return (q.float() @ inner).mean(1) * self.scale
         out = []
         for chunk in values.to(q.dtype).split(d, -1):  # fused kernels want values as wide as the keys
             padded = F.pad(chunk, (0, d - chunk.shape[-1])).unsqueeze(1).expand(-1, heads, -1, -1)

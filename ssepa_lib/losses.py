@@ -81,21 +81,24 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     return 0.5 * sum(over_processes((pixel * side).sum(), side.sum()) for side in (background, foreground))
 
 
-def normalised_cut(tokens: Tensor, foreground: Tensor) -> Tensor:
+def normalised_cut(tokens: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
     """Normalised cut of soft two-way segmentations on the graph of tokens (Shi and Malik, 2000; Tang et al. 2018).
 
-    An edge weighs max(0, cosine)² between tokens centred per image.
+    An edge weighs max(0, cosine)² between tokens centred per image. Tokens on padding have none: the strongest cut
+    would be the one between image and padding.
 
     Args:
         tokens: [B, N, D].
         foreground: [B, N], 0..1.
+        valid: [B, N], 1 on the image, 0 on padding.
 
     Returns:
         The mean over the batch of cut/assoc(foreground) + cut/assoc(background), 0..2.
     """
     with torch.autocast(tokens.device.type, enabled=False):
-        tokens, foreground = tokens.float(), foreground.float()
-        unit = F.normalize(tokens - tokens.mean(1, keepdim=True), dim=-1)
+        tokens, foreground, valid = tokens.float(), foreground.float(), valid.float().unsqueeze(2)
+        mean = (tokens * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
+        unit = F.normalize(tokens - mean, dim=-1) * valid
         edges = (unit @ unit.mT).clamp(min=0).square()  # [B, N, N]
     degree = edges.sum(2)
     sides = torch.stack([foreground, 1 - foreground])  # [2, B, N]

@@ -23,7 +23,7 @@ from ssepa_lib.losses import (
     segmentation_loss,
 )
 from ssepa_lib.network import Network, NetworkOutput, ProjectionHead, evaluating
-from ssepa_lib.pseudo_labels import token_labels, two_threshold_labels
+from ssepa_lib.pseudo_labels import inside, token_labels, two_threshold_labels
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
 from ssepa_lib.reinforce import SelfReinforcement
@@ -80,6 +80,12 @@ class Step:
         aux = F.interpolate(self.cams.aux_cam, self.out.grid, mode="bilinear", align_corners=False)
         return token_labels(aux, self.recipe.cam.high, self.recipe.cam.low)
 
+    @cached_property
+    def valid_tokens(self) -> Tensor:
+        """[B, N], 1 where a patch lies mostly on the image, 0 on padding."""
+        area = inside(self.batch.box, self.batch.image.shape[-2:])[:, None].float()
+        return (F.adaptive_avg_pool2d(area, self.out.grid) > 0.5).flatten(1).float()
+
 
 class Classification(nn.Module):
     """L_cls and L_m.cls (SS-EPA, Eq. 2)."""
@@ -117,7 +123,7 @@ class ClassTokenContrast(nn.Module):
         tokens = torch.cat([*views, local], 1)  # [B, 2+V, D]
         with torch.no_grad():
             target = self.teacher(tokens[:, :2].detach())
-        positive = torch.cat([torch.ones_like(positive[:, :2]), positive], 1)
+        positive = torch.cat([positive.new_ones(len(positive), 2), positive], 1)
         return {"ctc": class_token_contrast(self.student(tokens), target, positive, c.temperature)}
 
     @torch.no_grad()
@@ -222,15 +228,15 @@ class HaafSupervision(nn.Module):
 
     def _pooling(self, step: Step) -> Tensor:
         maps, tokens, label = self._refined(step), step.out.aux.detach().float(), step.batch.label
-        weight = step.network.aux_classifier.weight.detach().float()
-        rest = 1 - maps.amax(2, keepdim=True)
+        weight, valid = step.network.aux_classifier.weight.detach().float(), step.valid_tokens.unsqueeze(2)
+        maps, rest = maps * valid, (1 - maps.amax(2, keepdim=True)) * valid
         inner, outer = (F.normalize(m, p=1, dim=1).mT @ tokens for m in (maps, rest))  # [B, C, D], [B, 1, D]
         inner, outer = (inner * weight).sum(2), outer[:, 0] @ weight.mT  # [B, C]
         loss = (F.softplus(-inner) + F.softplus(outer)) * label
         return over_processes(loss.sum(), label.sum())
 
     def _ncut(self, step: Step) -> Tensor:
-        return normalised_cut(step.out.patches.detach(), self._refined(step).amax(2))
+        return normalised_cut(step.out.patches.detach(), self._refined(step).amax(2), step.valid_tokens)
 
 
 class FeatureReinforcement(nn.Module):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssepa_lib.datasets import build_dataset
-from ssepa_lib.device import precision, resolve_device
+from ssepa_lib.device import precision, rank_and_world, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.network import Network, build_network, optimiser_groups
 from ssepa_lib.objectives import Step, build_objectives, total_loss
@@ -74,7 +74,8 @@ class Trainer:
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """All loss terms of one batch at the current step, unweighted."""
         seed = self.recipe.train.seed * 1_000_003 + self.index
-        torch.manual_seed(seed)  # drop path; the views have generators of their own
+        # drop path, another one in every process; the views have generators of their own
+        torch.manual_seed(seed + 500_009 * rank_and_world()[0])
         generator = torch.Generator().manual_seed(seed)
         step = Step(self.network, self.recipe, batch, self.index, self.par, generator)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -102,8 +103,12 @@ class Trainer:
 
     def _average_gradients(self) -> None:
         """One all-reduce over all gradients. Several forward passes feed one backward pass, which bucketed DDP hooks
-        do not support; a parameter without a gradient on one process counts as zero there."""
+        do not support. A gradient that only some processes have counts as zero in the others; parameters without any
+        (the decoder before its terms count) stay without, so that AdamW leaves them alone as it does in one process."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=self.device)
+        torch.distributed.all_reduce(has, torch.distributed.ReduceOp.MAX)
+        parameters = [p for p, anywhere in zip(parameters, has.tolist(), strict=True) if anywhere]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         torch.distributed.all_reduce(flat)
         for p, grad in zip(parameters, (flat / self.world).split([p.numel() for p in parameters]), strict=True):
@@ -128,10 +133,10 @@ def atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 class _History:
-    """history.csv: one row every `log_every` steps with means since the last row."""
+    """history.csv: one row every `log_every` steps; per term the mean over the steps since the last row that had it."""
 
     def __init__(self, path: Path, start: int):
-        self.path, self.sums, self.count = path, {}, 0
+        self.path, self.sums = path, {}  # term → (sum, number of steps that had it)
         rows = list(csv.DictReader(path.open())) if path.is_file() else []
         self.rows: list[dict[str, Any]] = [row for row in rows if int(row["step"]) <= start]
         self.seconds = float(self.rows[-1]["seconds"]) if self.rows else 0.0
@@ -139,15 +144,15 @@ class _History:
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.count += 1
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value, count + 1
 
     def flush(self, step: int, lr: float) -> dict[str, float]:
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         row = {"step": step, "lr": lr, "seconds": round(self.seconds, 2)}
-        row |= {name: float(total) / self.count for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
+        row |= {name: float(total) / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
         self.rows.append(row)
         names = list(dict.fromkeys(name for r in self.rows for name in r))
         atomic(self.path, lambda part: self._write(part, names))
@@ -200,7 +205,16 @@ def is_finished(recipe: Recipe, run_dir: Path) -> bool:
             meta = file.metadata()
     except SafetensorError:
         return False
-    return meta["recipe"] == recipe.hash() and int(meta["step"]) == recipe.train.steps
+    return bool(meta) and meta.get("recipe") == recipe.hash() and int(meta["step"]) == recipe.train.steps
+
+
+def _take_over(recipe: Recipe, run_dir: Path) -> None:
+    """Give a finished run what this recipe says outside the hash (evaluation, folders). Its name stays."""
+    path = run_dir / "recipe.yaml"
+    old = load_recipe(str(path)) if path.is_file() else recipe
+    first = not int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    if first and old != replace(recipe, name=old.name):
+        atomic(path, lambda part: save_recipe(replace(recipe, name=old.name), part))
 
 
 def train(recipe: Recipe, run_dir: Path, *, resume: bool = True, on_step: OnStep | None = None) -> Path:
@@ -214,13 +228,14 @@ def train(recipe: Recipe, run_dir: Path, *, resume: bool = True, on_step: OnStep
         on_step: called after every logged row with {step, steps, loss, seconds_left, …}.
 
     Returns:
-        `run_dir`. A finished run returns at once.
+        `run_dir`. A finished run returns at once, and takes over what the recipe says of evaluation and folders.
 
     Raises:
         UserError: bad data, weights or settings; a folder that holds another recipe; a loss that is not finite.
     """
     run_dir = Path(run_dir)
     if resume and is_finished(recipe, run_dir):
+        _take_over(recipe, run_dir)
         return run_dir
     device = resolve_device(recipe.train.device)
     rank, world, device = _launch(device)

@@ -40,13 +40,16 @@ def slow_normalised_cut(tokens, foreground):
 
 
 def test_normalised_cut_against_loops_and_at_its_ends():
-    tokens, foreground = torch.randn(3, 7, 5), torch.rand(3, 7)
-    torch.testing.assert_close(normalised_cut(tokens, foreground).double(), slow_normalised_cut(tokens, foreground),
-                               rtol=1e-4, atol=0)  # fmt: skip
+    tokens, foreground, all_valid = torch.randn(3, 7, 5), torch.rand(3, 7), torch.ones(3, 7)
+    expected = slow_normalised_cut(tokens, foreground)
+    torch.testing.assert_close(normalised_cut(tokens, foreground, all_valid).double(), expected, rtol=1e-4, atol=0)
+    padded, valid = torch.cat([tokens, torch.full((3, 4, 5), 9.0)], 1), torch.arange(11).expand(3, 11) < 7
+    found = normalised_cut(padded, torch.cat([foreground, torch.rand(3, 4)], 1), valid)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)  # padding changes nothing
     two = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]])[None]  # two groups without an edge between them
-    assert normalised_cut(two, torch.tensor([[1.0, 1, 0, 0]])).item() == pytest.approx(0, abs=1e-5)
-    assert normalised_cut(two, torch.tensor([[1.0, 0, 1, 0]])).item() == pytest.approx(1, abs=1e-3)
-    assert normalised_cut(two, torch.zeros(1, 4)).isfinite()  # an image without foreground
+    assert normalised_cut(two, torch.tensor([[1.0, 1, 0, 0]]), torch.ones(1, 4)).item() == pytest.approx(0, abs=1e-5)
+    assert normalised_cut(two, torch.tensor([[1.0, 0, 1, 0]]), torch.ones(1, 4)).item() == pytest.approx(1, abs=1e-3)
+    assert normalised_cut(two, torch.zeros(1, 4), torch.ones(1, 4)).isfinite()  # an image without foreground
 
 
 def slow_patch_token_contrast(patches, labels):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ssepa_lib.datasets import build_dataset
-from ssepa_lib.objectives import HaafSupervision, Step, build_objectives
+from ssepa_lib.objectives import ClassTokenContrast, HaafSupervision, Step, build_objectives
 from ssepa_lib.recipe import SUPERVISIONS
 from ssepa_lib.training import Trainer
 from ssepa_lib.transforms import train_loader
@@ -33,19 +33,50 @@ def test_every_supervision_trains_haaf_and_nothing_else(tiny, kind, source):
         assert part(step())["haaf"] < before
 
 
+def test_valid_tokens_lie_mostly_on_the_image(tiny):
+    _, make = step_of(tiny("ssepa"))
+    step = make()
+    step.batch.box = torch.tensor([[0, 32, 0, 32], [5, 21, 8, 20]])  # patches of 8 pixels
+    valid = step.valid_tokens.view(2, 4, 4)
+    assert valid[0].all()
+    assert valid[1].nonzero().tolist() == [[1, 1], [2, 1]]  # rows 8-16 and 16-21, columns 8-16; 16-20 is only half
+
+
+@pytest.mark.parametrize("kind", ["ncut", "pooling"])
+def test_padding_does_not_supervise_haaf(tiny, kind):
+    recipe = tiny("ssepa", **{"affinity.supervision": kind, "losses.switch": 0.0})
+    _, make = step_of(recipe)
+    step, part = make(), HaafSupervision(recipe)
+    step.batch.box = torch.tensor([[0, 32, 0, 16]] * 2)
+    before = part(step)["haaf"].detach()
+    refined = part._refined
+    part._refined = lambda step: torch.where(step.valid_tokens.bool().unsqueeze(2), refined(step), 0.7)
+    torch.testing.assert_close(part(step)["haaf"].detach(), before)
+    part._refined = lambda step: refined(step) * 0.7
+    assert not torch.isclose(part(step)["haaf"].detach(), before)
+
+
 def test_pooling_asks_what_the_map_covers_and_what_it_leaves_out(tiny):
     recipe = tiny("ssepa", **{"affinity.supervision": "pooling", "losses.switch": 0.0})
     trainer, make = step_of(recipe)
     step, part = make(), HaafSupervision(recipe)
     maps, weight, total, count = part._refined(step), trainer.network.aux_classifier.weight, 0.0, 0
-    for tokens, label, cover in zip(step.out.aux, step.batch.label, maps, strict=True):
-        rest = 1 - cover.max(1).values
+    for tokens, label, cover, valid in zip(step.out.aux, step.batch.label, maps, step.valid_tokens, strict=True):
+        cover = cover * valid[:, None]
+        rest = (1 - cover.max(1).values) * valid
         outside = (rest[:, None] * tokens).sum(0) / rest.sum()
         for c in label.nonzero().flatten():
             inside = (cover[:, c, None] * tokens).sum(0) / cover[:, c].sum()
             total += torch.log1p((-(inside @ weight[c])).exp()) + torch.log1p((outside @ weight[c]).exp())
             count += 1
     torch.testing.assert_close(part(step)["haaf"], total / count)
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_class_token_contrast_with_few_local_views(tiny, crops):
+    trainer, make = step_of(tiny("toco", **{"contrast.local_crops": crops}))
+    (part,) = (p for p in trainer.objectives if isinstance(p, ClassTokenContrast))
+    assert part(make())["ctc"].isfinite()
 
 
 def test_supervision_waits_for_the_switch(tiny):
