@@ -112,8 +112,8 @@ def multi_scale_cam(
         affinity: also return the refined main map (and refine the auxiliary one where the recipe says so).
         first: output of the network on `image` itself, when it is already there; saves that pass at scale 1.
     """
-    refinement = network.affinity_config
-    auxiliary, per_scale = affinity and refinement.auxiliary, affinity and refinement.per_scale
+    auxiliary = affinity and network.affinity_config.auxiliary
+    per_scale = affinity and network.affinity_config.per_scale
     if affinity and not per_scale and first is None:
         first = network(image, segment=False, affinity=True)
     select, size, totals = _Selection(label), image.shape[-2:], None

@@ -10,12 +10,24 @@ from ssepa_lib.errors import UserError
 # Heavy imports stay inside the commands, so that --help answers at once.
 
 
-def _pairs(items: list[str]) -> dict[str, str]:
+def _pairs(items: list[str]) -> dict[str, Any]:
     """`key=value` arguments as a dictionary."""
     broken = [item for item in items if "=" not in item]
     if broken:
         raise UserError(f"'{broken[0]}' is not NAME=VALUE; write for example train.steps=500.")
-    return dict(item.split("=", 1) for item in items)
+    return {key: _value(key, text) for key, text in (item.split("=", 1) for item in items)}
+
+
+def _value(key: str, text: str) -> Any:
+    """The text itself; for a dotted key (a recipe's) a list, a mapping or an argument of the backbone as in YAML."""
+    if not key.startswith("model.backbone_args.") and not ("." in key and text.startswith(("[", "{"))):
+        return text
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except Exception as error:  # of the reader's several libraries
+        raise UserError(f"'{key}={text}' is not readable as YAML; write for example eval.scales=[1.0,1.5].") from error
 
 
 def _counter(what: str, unit: str = "image"):
@@ -111,16 +123,17 @@ def submission(args: argparse.Namespace) -> int:
     from ssepa_lib.paths import voc_root
     from ssepa_lib.training import load_run
 
-    dataset = VocDataset(voc_root(), args.split)
+    if args.run is None and not args.check:
+        raise UserError("submission needs --run RUN (a run folder), or --check to inspect an archive.")
+    network, recipe = load_run(args.run, args.device) if args.run else (None, None)
+    root = recipe.data.root if recipe and recipe.data.name == "voc" else ""  # of another data set: not VOC's
+    dataset = VocDataset(root or voc_root(), args.split)
     if args.check:
         number = validate_submission(
             args.out, dataset.ids, {i: dataset.image(k).size for k, i in enumerate(dataset.ids)}
         )
         print(f"{args.out}: {number} masks, valid for the VOC server.")
         return 0
-    if args.run is None:
-        raise UserError("submission needs --run RUN (a run folder), or --check to inspect an archive.")
-    network, recipe = load_run(args.run, args.device)
     print(export_submission(network, recipe, dataset, args.out, device=next(network.parameters()).device,
                             inference=args.inference, progress=_counter("submission")))  # fmt: skip
     return 0
@@ -189,7 +202,7 @@ def study(args: argparse.Namespace) -> int:
     import pandas as pd
 
     from ssepa_lib import tables as t
-    from ssepa_lib.evaluation import INFERENCE, PRODUCTS, describe_setting, product_names
+    from ssepa_lib.evaluation import INFERENCE, PRODUCTS, describe_settings, product_names
     from ssepa_lib.study import preset_folder, run_study
 
     options: dict[str, Any] = {"inference": _inference(args)}
@@ -208,9 +221,8 @@ def study(args: argparse.Namespace) -> int:
             text.append(
                 f"## {title}\n\n{t.to_markdown(pd.DataFrame({'method': table.method, 'seeds': table.seeds, **cells}))}"
             )
-        text.append(
-            f"Setting: {describe_setting(of_split.iloc[0]['settings'], 'cam')}; mean ± sd over seeds {args.seeds}."
-        )
+        lines = describe_settings(of_split["settings"].tolist(), products)
+        text.append("\n".join([f"Setting (mean ± sd over seeds {args.seeds}):\n", *(f"- {line}" for line in lines)]))
     name = "-".join(filter(None, ("study", args.run_name)))
     runs.drop(columns="settings").to_csv(folder / f"{name}.csv", index=False)
     (folder / f"{name}.md").write_text("\n\n".join(text) + "\n")
@@ -223,16 +235,17 @@ def haaf(args: argparse.Namespace) -> int:
     from ssepa_lib import figures
     from ssepa_lib import tables as t
     from ssepa_lib.recipe import SUPERVISIONS
-    from ssepa_lib.study import compare_supervisions, split_of
+    from ssepa_lib.study import compare_supervisions, measured_split
     from ssepa_lib.training import load_run
 
     network, recipe = load_run(args.run, args.device)
     settings = {"source": args.source, "descriptor": args.descriptor, "steps": args.propagate}
     variants = {kind: {"supervision": kind} | settings for kind in SUPERVISIONS[1:]}
-    datasets = [split_of(recipe, split) for split in args.splits]
+    datasets = [measured_split(recipe, split) for split in args.splits]
+    out = args.out or args.run
+    out.mkdir(parents=True, exist_ok=True)
     progress = _counter("HAAF", "step")
     table = compare_supervisions(network, recipe, variants, datasets, steps=args.steps, progress=progress)
-    out = args.out or args.run
     table.round(3).to_csv(out / "haaf.csv", index=False)
     figures.use_style()
     axes = figures.supervisions(table, datasets[0].split)

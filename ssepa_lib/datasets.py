@@ -455,7 +455,7 @@ def build_dataset(data: DataConfig, split: str) -> SegmentationDataset:
         return ShapesDataset(name, limit or 512)
     if data.name == "folder":
         if not data.root:
-            raise UserError("data.root is empty; set it to the folder that holds your images and labels.csv.")
+            raise UserError("data.root is empty; set it, or FOLDER_ROOT, to the folder of your images and labels.csv.")
         dataset: SegmentationDataset = FolderDataset(data.root, name)
     elif data.name == "voc":
         dataset = VocDataset(data.root or paths.voc_root(), name)

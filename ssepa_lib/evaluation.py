@@ -308,6 +308,13 @@ def _views(names: Sequence[str], recipe: Recipe) -> dict[str, dict]:
     return views
 
 
+def is_current(setting: dict, recipe: Recipe, images: int) -> bool:
+    """Whether a result's setting is what the recipe says now: the training, images, size, threshold and views."""
+    now = {"recipe_hash": recipe.hash(), "images": images, "size": recipe.data.eval_size,
+           "background": recipe.cam.background, "products": _views(tuple(setting["products"]), recipe)}  # fmt: skip
+    return all(setting.get(name) == value for name, value in now.items())
+
+
 def describe_inference(view: dict) -> str:
     """Scales, mirror and CRF of one product in words, such as `scales 1/1.25/1.5 + mirror + CRF`."""
     scales = "/".join(f"{scale:g}" for scale in view["scales"])
@@ -323,6 +330,21 @@ def describe_setting(setting: dict, product: str) -> str:
         f"{describe_inference(setting['products'][product])}, {setting['steps']} steps of {setting['batch']}, "
         f"seed {setting['seed']}"
     )
+
+
+def describe_settings(settings: Sequence[dict], products: Sequence[str]) -> list[str]:
+    """`describe_setting` once per way of inference, with the products it belongs to.
+
+    Args:
+        settings: of results that differ in seed or method alone; a product is looked up in the first that has it.
+    """
+    lines = {}
+    for product in products:
+        setting = next((s for s in settings if product in s["products"]), None)
+        if setting:
+            way = describe_inference(setting["products"][product])
+            lines.setdefault(way, (describe_setting(setting, product), []))[1].append(product)
+    return [f"{', '.join(names)}: {line}" for line, names in lines.values()]
 
 
 def evaluate(
@@ -412,20 +434,39 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float | None:
     return 100 * float(each.mean())
 
 
+_RESULT = {"setting", "miou", "per_class", "threshold_curve", "mean_average_precision"}
+_SETTING = {"data", "split", "images", "size", "method", "seed", "steps", "batch", "backbone", "products"}
+
+
+def read_metrics(run_dir: Path | str) -> dict[str, dict]:
+    """A run's `metrics.json`, split → result of `evaluate`; empty where there is none.
+
+    Raises:
+        UserError: the file is not JSON or has another layout.
+    """
+    path = Path(run_dir) / "metrics.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        for split, result in content.items():
+            lacking = (_RESULT - result.keys()) or (_SETTING - result["setting"].keys())
+            if lacking:
+                raise ValueError(f"'{min(lacking)}' of {split} is missing")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no metrics file of this version ({error}); delete it and evaluate the run again."
+                        ) from error  # fmt: skip
+    return content
+
+
 def write_metrics(run_dir: Path, split: str, result: dict) -> Path:
     """Merge the result of one split into a run's `metrics.json`; other splits stay, a crash leaves the old file.
 
     Raises:
-        UserError: the existing file is not JSON.
+        UserError: see `read_metrics`.
     """
     path = Path(run_dir) / "metrics.json"
-    content = {}
-    if path.is_file():
-        try:
-            content = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); delete it and evaluate again.") from error
-    content[split] = result
+    content = read_metrics(run_dir) | {split: result}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -50,9 +50,11 @@ class ImageFolder(SegmentationDataset):
         if not self.paths:
             raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); pass the folder of your images.")
         super().__init__("all", classes, [p.stem for p in self.paths])
-        for path, after in zip(self.paths, self.paths[1:], strict=False):
-            if path.stem == after.stem:
-                raise UserError(f"{path} and {after.name} would share one result; rename one of them.")
+        seen: dict[str, Path] = {}
+        for path in self.paths:
+            if path.stem in seen:
+                raise UserError(f"{seen[path.stem]} and {path.name} would share one result; rename one of them.")
+            seen[path.stem] = path
 
     def image(self, i: int) -> Image.Image:
         return read_image(self.paths[i], upright=True)
@@ -162,9 +164,11 @@ def predict_folder(
     `image,classes` with `;` between classes, the layout that training on your own images reads.
 
     Raises:
-        UserError: see `ImageFolder`; an unreadable image.
+        UserError: see `ImageFolder`; an unreadable image; `out` is the folder of the images.
     """
     dataset, out, palette = ImageFolder(folder, network.classes), Path(out), voc_palette()
+    if out.resolve() == Path(folder).resolve():
+        raise UserError(f"{out} holds your images, which masks would replace; choose another folder for the results.")
     out.mkdir(parents=True, exist_ok=True)
     names = ["background", *network.classes]
     _write_csv(out / "classes.csv", ["id", "class", "red", "green", "blue"],

@@ -24,6 +24,12 @@ def coco_root() -> Path:
     return Path(os.environ.get("COCO_ROOT") or PROJECT / "data" / "coco")
 
 
+def folder_root() -> str:
+    """Folder of your own images (the one that holds `images/` and `labels.csv`): `FOLDER_ROOT`, empty if not set."""
+    root = os.environ.get("FOLDER_ROOT")
+    return str(Path(root).resolve()) if root else ""
+
+
 def weights_root() -> Path:
     """Folder searched for `<backbone>.safetensors` before timm downloads: `SSEPA_WEIGHTS`, default `data/weights`."""
     return Path(os.environ.get("SSEPA_WEIGHTS") or PROJECT / "data" / "weights")

@@ -8,15 +8,16 @@ all steps, so that a shorter run keeps the shape of the published one.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.paths import RECIPES
+from ssepa_lib.paths import RECIPES, folder_root
 
 SUPERVISIONS = ("none", "cls", "affinity", "energy", "decoder", "equivariance", "pooling", "ncut")  # what trains HAAF
 
@@ -31,13 +32,26 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(f"recipe: {message}")
 
 
+def _fraction(name: str, value: float) -> None:
+    _require(0 <= value <= 1, f"{name} is {value}; it must lie in 0..1.")
+
+
+def _positive(name: str, values: list) -> None:
+    _require(bool(values) and all(v > 0 for v in values), f"{name} must hold one or more values, all above 0.")
+
+
+def _low_high(name: str, values: list[float]) -> None:
+    _require(len(values) == 2 and 0 <= values[0] <= values[1], f"{name} must be [low, high], low not below 0.")
+
+
 @dataclass
 class DataConfig:
     """What is read and how it is cropped."""
 
     name: str = "shapes"  # shapes, voc, coco or folder
-    root: str = ""  # folder of the data; empty: VOC_ROOT, COCO_ROOT or their defaults (shapes needs none)
+    root: str = ""  # folder of the data; empty: VOC_ROOT or COCO_ROOT or their defaults, or FOLDER_ROOT
     train_split: str = "train"
+    measured_train: str = ""  # split that stands for train where results are measured; empty: train_split
     val_split: str = "val"
     train_images: int = 0  # use the first so many training images; 0: all
     val_images: int = 0  # the same for validation
@@ -53,7 +67,10 @@ class DataConfig:
         _choice("data", "views", self.views, ("toco", "fsr"))
         _require(self.crop > 0 and self.batch > 0, "data.crop and data.batch must be positive.")
         _require(self.workers >= 0, "data.workers must be 0 or more.")
+        _require(min(self.train_images, self.val_images) >= 0, "data.train_images and val_images must be 0 or more.")
         _require(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale must be [low, high].")
+        if self.name == "folder":
+            self.root = self.root or folder_root()  # kept in the recipe, because it says which data set it is
 
 
 @dataclass
@@ -116,7 +133,10 @@ class CamConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.low < self.high < 1, "cam.low and cam.high must satisfy 0 < low < high < 1.")
-        _require(bool(self.scales), "cam.scales must not be empty.")
+        _positive("cam.scales", self.scales)
+        _positive("cam.par_dilations", self.par_dilations)
+        _require(self.par_iterations >= 0, "cam.par_iterations must be 0 or more.")
+        _fraction("cam.background", self.background)
 
 
 @dataclass
@@ -150,6 +170,11 @@ class ContrastConfig:
     bottleneck: int = 256
     outputs: int = 1024
 
+    def __post_init__(self) -> None:
+        _low_high("contrast.global_scale", self.global_scale)
+        _require(min(self.local_crops, self.local_size) >= 1, "contrast.local_crops and local_size must be 1 or more.")
+        _fraction("contrast.momentum", self.momentum)
+
 
 @dataclass
 class ReinforceConfig:
@@ -173,6 +198,12 @@ class ReinforceConfig:
         _choice("reinforce", "augmentation", self.augmentation, ("none", "blur", "solarise", "autoaugment"))
         _choice("reinforce", "selection", self.selection, ("random", "edge", "strict", "loose"))
         _require(0 <= self.mask_ratio < 1, "reinforce.mask_ratio must lie in 0..1 (1 excluded).")
+        _low_high("reinforce.view_scale", self.view_scale)
+        _low_high("reinforce.uncertain", self.uncertain)
+        _positive("reinforce.teacher_temperature", self.teacher_temperature)
+        _require(len(self.teacher_temperature) == 2, "reinforce.teacher_temperature must be [first, last].")
+        _fraction("reinforce.center_momentum", self.center_momentum)
+        _fraction("reinforce.momentum", self.momentum)
 
 
 @dataclass
@@ -189,6 +220,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _choice("optim", "schedule", self.schedule, ("poly", "cosine"))
+        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be a positive number.")
         _require(0 <= self.warmup < 1, "optim.warmup is a fraction of all steps, 0..1 (1 excluded).")
 
 
@@ -220,8 +252,17 @@ class EvalConfig:
     flip: bool = True
     batch: int = 16
 
+    def __post_init__(self) -> None:
+        _positive("eval.scales", self.scales)
+        _require(self.batch >= 1, "eval.batch must be 1 or more.")
 
-_NOT_TRAINED = ("root", "workers", "eval_size", "val_images", "val_split")  # data fields that leave the weights alone
+
+_NOT_TRAINED = {  # fields that leave the weights alone
+    "data": ("root", "workers", "eval_size", "val_images", "val_split", "measured_train"),
+    "affinity": ("strategy",),
+    "cam": ("background",),
+    "train": ("device", "checkpointing", "log_every", "save_every"),
+}
 
 
 @dataclass
@@ -263,8 +304,11 @@ class Recipe:
             content.pop("reinforce")
         if self.model.aggregator == "class_token":
             content["model"].pop("keep_class_token")
-        content["data"] = {k: v for k, v in content["data"].items() if k not in _NOT_TRAINED}
-        content["train"] = {k: v for k, v in content["train"].items() if k not in ("log_every", "save_every")}
+        for section, names in _NOT_TRAINED.items():
+            for name in names:
+                content[section].pop(name)
+        if self.data.name == "folder":  # elsewhere the name says which data set it is
+            content["data"]["root"] = self.data.root
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -283,6 +327,20 @@ def _files(name: str) -> list[Path]:
     return files
 
 
+def _read(path: Path) -> DictConfig:
+    """The settings of one YAML file."""
+    if not path.is_file():
+        raise UserError(f"recipe file {path} does not exist; pass data/method or an existing YAML file.")
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # of the reader's several libraries
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe file {path} cannot be read ({reason}); correct it, in UTF-8.") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"recipe file {path} holds a list; write sections with settings, like `train: {{steps: 5}}`.")
+    return content
+
+
 def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Compose a recipe.
 
@@ -291,7 +349,8 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         overrides: dotted keys, for example `{"train.steps": 500, "data.root": "/voc"}`.
 
     Raises:
-        UserError: an unknown name or key, a value of the wrong type, or settings that contradict each other.
+        UserError: an unknown name or key, a broken file, a value of the wrong type or out of range, or settings that
+            contradict each other.
     """
     files = [Path(name)] if name.endswith((".yaml", ".yml")) else _files(name)
     config = OmegaConf.structured(Recipe)
@@ -300,9 +359,7 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         where = source.name if isinstance(source, Path) else "override"
         try:
             if isinstance(source, Path):
-                if not source.is_file():
-                    raise UserError(f"recipe file {source} does not exist; pass data/method or an existing YAML file.")
-                config = OmegaConf.merge(config, OmegaConf.load(source))
+                config = OmegaConf.merge(config, _read(source))
             else:
                 for key, value in source.items():
                     OmegaConf.update(config, key, value, merge=True, force_add=False)

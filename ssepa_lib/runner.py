@@ -20,6 +20,8 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root
 from ssepa_lib.progress import PROGRESS, Display, clock
 
+PLACES = ("VOC_ROOT", "COCO_ROOT", "FOLDER_ROOT", "SSEPA_WEIGHTS")  # made absolute: kernels run in another folder
+
 
 @dataclass(frozen=True)
 class Notebook:
@@ -212,7 +214,8 @@ def run_workbook(
     """Execute notebooks and write copies, HTML report and index under `<results>/<preset>/`; prints where to look.
 
     Args:
-        preset: a data recipe (shapes, voc_mini, voc, …); becomes the parameter `preset` of every notebook.
+        preset: a data recipe (shapes, voc_mini, voc, …); becomes the parameter `preset` of every notebook. The data of
+            voc, coco and folder lie where VOC_ROOT, COCO_ROOT and FOLDER_ROOT say.
         only, start: which notebooks (numbers or names), and the first of them.
         parameters: overrides, name → value or text; checked by name and type before anything runs.
         results: folder of everything computed; default `results_root()`.
@@ -239,7 +242,8 @@ def run_workbook(
     folder = root / preset / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    with tempfile.TemporaryDirectory() as scratch, _environment(SSEPA_RESULTS=str(root)):
+    places = {name: str(Path(os.environ[name]).resolve()) for name in PLACES if os.environ.get(name)}
+    with tempfile.TemporaryDirectory() as scratch, _environment(SSEPA_RESULTS=str(root), **places):
         failures = _run_all(chosen, values, folder, Path(scratch))
     index = write_report(root / preset)
     print(f"\n{headline(root / preset)}\n")

@@ -1,7 +1,6 @@
 """Runs in their places: where a run lies, train and evaluate it once, compare methods over seeds (SS-EPA, Table 3)."""
 
 import itertools
-import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,9 @@ from ssepa_lib.evaluation import (
     ThresholdConfusion,
     cam_view,
     evaluate,
+    is_current,
     product_names,
+    read_metrics,
     require_masks,
     strongest,
     write_metrics,
@@ -100,24 +101,32 @@ def split_of(recipe: Recipe, split: str = "val", images: int = 0) -> Segmentatio
     return build_dataset(replace(recipe.data, val_split=name, val_images=images or recipe.data.val_images), "val")
 
 
+def measured_split(recipe: Recipe, split: str = "val", images: int = 0) -> SegmentationDataset:
+    """`split_of` with `data.measured_train` for `train`: what is trained on can be more than what is measured on."""
+    if split == "train" and recipe.data.measured_train:
+        recipe = replace(recipe, data=replace(recipe.data, train_split=recipe.data.measured_train))
+    return split_of(recipe, split, images)
+
+
 def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: str = "auto", **options: Any) -> dict:
     """Evaluate a finished run on a split once; later calls with the same setting read its `metrics.json`.
 
-    What the file already holds of the same run and images is kept: asking for more computes only what is missing.
+    What the file already holds of the same setting is kept: asking for more computes only what is missing. Another
+    number of images than the recipe's is a result of its own, stored as for example `val (10 images)`.
 
     Args:
-        images: see `split_of`.
+        split, images: see `measured_split`.
         options: for `evaluate` (products, inference, …).
 
     Returns:
         The result of that split, see `evaluate`.
     """
     network, recipe = load_run(folder, device)
-    dataset = split_of(recipe, split, images)
-    path = folder / "metrics.json"
-    known = json.loads(path.read_text()).get(dataset.split) if path.is_file() else None
-    key = {"recipe_hash": recipe.hash(), "images": len(dataset), "size": recipe.data.eval_size}
-    if known and not key.items() <= known["setting"].items():
+    dataset = measured_split(recipe, split, images)
+    whole = not images or len(dataset) == len(measured_split(recipe, split))
+    name = dataset.split if whole else f"{dataset.split} ({len(dataset)} images)"
+    known = read_metrics(folder).get(name)
+    if known and not is_current(known["setting"], recipe, len(dataset)):
         known = None
     products, inference = options.pop("products", PRODUCTS), options.pop("inference", ("raw",))
     there = set(known["miou"]) if known else set()
@@ -130,7 +139,7 @@ def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: s
         for part in ("miou", "per_class", "threshold_curve"):
             result[part] = known[part] | result[part]
         result["setting"]["products"] = known["setting"]["products"] | result["setting"]["products"]
-    write_metrics(folder, dataset.split, result)
+    write_metrics(folder, name, result)
     return result
 
 

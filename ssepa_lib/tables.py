@@ -1,19 +1,19 @@
 """Result tables: runs collected from disk, mean and spread over seeds, and the published numbers beside them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import INFERENCE, describe_inference, product_names
+from ssepa_lib.evaluation import INFERENCE, describe_inference, product_names, read_metrics
 
 METHODS = {
     "toco": "ToCo",
     "ssepa_no_affinity": "SS-EPA (w/o Patch Affinity)",
     "ssepa_affinity": "SS-EPA (with Patch Affinity)",
     "ssepa": "SS-EPA (with Patch Affinity, HAAF)",
+    "ssepa_fast": "SS-EPA (HAAF once per image)",
     "fsr": "FSR",
     "ssepa_fsr": "SS-EPA + FSR",
 }
@@ -28,7 +28,7 @@ STRATEGIES = {
 
 
 def collect_runs(folder: Path | str) -> pd.DataFrame:
-    """Every evaluated run below a folder, one row per run and split.
+    """Every evaluated run below a folder, one row per run and split: the result on the most images.
 
     Columns: `run`, `preset` (folder names), the entries of the setting (`data`, `split`, `method`, `seed`, `steps`, …),
     `variant` (what the run's name adds to the method), one column of mIoU in percent per product,
@@ -39,19 +39,15 @@ def collect_runs(folder: Path | str) -> pd.DataFrame:
     """
     rows = []
     for path in sorted(Path(folder).rglob("metrics.json")):
-        run = path.parent.name
-        try:
-            for split, result in json.loads(path.read_text()).items():
-                setting = result["setting"]
-                plain = {name: value for name, value in setting.items() if name != "products"}
-                variant = run.removesuffix(f"-seed{setting['seed']}").removeprefix(setting["method"]).strip("-")
-                row = {"run": run, "preset": path.parent.parent.name, "variant": variant, **plain, "split": split}
-                row |= result["miou"] | {"mean_average_precision": result["mean_average_precision"]}
-                rows.append(row | {"settings": setting})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is no metrics file of this version ({error!r}); evaluate the run again."
-            ) from error
+        run, results = path.parent.name, read_metrics(path.parent).values()
+        most = {result["setting"]["split"]: result for result in sorted(results, key=lambda r: r["setting"]["images"])}
+        for result in most.values():
+            setting = result["setting"]
+            plain = {name: value for name, value in setting.items() if name != "products"}
+            variant = run.removesuffix(f"-seed{setting['seed']}").removeprefix(setting["method"]).strip("-")
+            row = {"run": run, "preset": path.parent.parent.name, "variant": variant, **plain}
+            row |= result["miou"] | {"mean_average_precision": result["mean_average_precision"]}
+            rows.append(row | {"settings": setting})
     return pd.DataFrame(rows)
 
 
@@ -190,16 +186,6 @@ _TABLE_5 = [
     ("ToCo", "vit-base-patch16-224", 12, 224, 71.1, 72.2),
     ("SS-EPA", "vit-base-patch16-224", 12, 224, 72.4, 73.3),
 ]
-_FIELD = [
-    ("ToCo", "ViT-B", 71.1, 72.2, None),
-    ("SS-EPA", "ViT-B", 72.4, 73.3, None),
-    ("FSR", "ViT-B", 75.7, 75.0, 45.5),
-    ("SeCo", "ViT-B", 74.0, 73.8, 46.7),
-    ("CoSA", "ViT-B", 76.2, 75.1, 51.0),
-    ("MoRe", "ViT-B", 76.4, 75.0, 47.4),
-    ("ExCEL", "CLIP", 78.4, 78.5, 50.3),
-    ("WeCLIP+", "CLIP, DINOv2", None, 83.9, 56.3),
-]
 NOTES = {
     1: "The text says SS-EPA beats ToCo with and without MS and CRF; the table has SS-EPA (77.1 / 74.2) below"
     " ToCo+MS+CRF (77.3 / 74.6). Table 3 gives 79.5 on train for what seems to be the same row with MS and CRF. RRM is"
@@ -228,12 +214,16 @@ def _label(row: pd.Series) -> str:
 
 
 def _cell(runs: pd.DataFrame, split: str, product: str) -> tuple[str, dict, str, int] | None:
-    """Number, setting, inference and seeds of one product on one split; None where no run has it."""
+    """Number, setting, inference and seeds of one product on one split; None where no run has it.
+
+    Runs on fewer images than another are left out: a mean over seeds is over the same images.
+    """
     if product not in runs:
         return None
     runs = runs[(runs["split"] == split) & runs[product].notna()]
     if runs.empty:
         return None
+    runs = runs[runs["images"] == runs["images"].max()]
     mean = summary(runs, ["method"], [product]).iloc[0]
     text = plus_minus(mean[product], mean[f"{product}_sd"])
     setting = runs.iloc[0]["settings"]
@@ -340,13 +330,3 @@ def table_5(runs: pd.DataFrame | None = None) -> pd.DataFrame:
     """Backbones (SS-EPA, Table 5)."""
     published = _published(_TABLE_5, ["method", "backbone", "depth", "img_size", "seg (val)", "seg (test)"], 2)
     return _beside(published, _ours(runs, {"seg (val)": ("val", SEGMENTATION)}))
-
-
-def field_table(runs: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Where single-stage methods stand: VOC val and test, COCO val, as their papers report, beside our runs."""
-    published = _published(_FIELD, ["method", "backbone", "VOC val", "VOC test", "COCO val"], 3)
-    if runs is None or runs.empty:
-        return published
-    voc = _ours(runs[runs["data"] == "voc"], {"VOC val": ("val", SEGMENTATION)})
-    coco = _ours(runs[runs["data"] == "coco"], {"COCO val": ("val", SEGMENTATION)})
-    return _beside(published, pd.concat([voc, coco], ignore_index=True))

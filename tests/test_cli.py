@@ -1,7 +1,8 @@
 import pytest
+from omegaconf import OmegaConf
 
-from ssepa_lib.cli import main
-from ssepa_lib.recipe import save_recipe
+from ssepa_lib.cli import _pairs, main
+from ssepa_lib.recipe import load_recipe, save_recipe
 
 
 @pytest.fixture
@@ -35,10 +36,11 @@ def test_train_evaluate_predict_and_pseudo_labels(run, tmp_path, capsys):
 
 
 def test_haaf_writes_its_table_and_figure(run, tmp_path, capsys):
-    assert main(["haaf", str(run), "--steps", "2", "--splits", "val", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    out = tmp_path / "new" / "folder"
+    assert main(["haaf", str(run), "--steps", "2", "--splits", "val", "--device", "cpu", "--out", str(out)]) == 0
     assert "| HAAF, ncut" in capsys.readouterr().out
-    assert (tmp_path / "haaf.csv").read_text().startswith("affinity,val,layer 0")
-    assert (tmp_path / "haaf.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "haaf.csv").read_text().startswith("affinity,val,layer 0")
+    assert (out / "haaf.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,9 @@ def test_haaf_writes_its_table_and_figure(run, tmp_path, capsys):
         (["evaluate", "nowhere"], "nowhere"),
         (["train", "voc/toco", "--set", "data.root=nowhere"], "nowhere"),
         (["predict", "nowhere", "--images", "x", "--out", "y"], "nowhere"),
-        (["submission", "absent.tgz", "--check"], ""),
+        (["train", "voc/toco", "--set", "eval.scales=[1.0"], "eval.scales=[1.0"),
+        (["submission", "new.tgz"], "--run RUN"),
+        (["submission", "new.tgz", "--check"], "no-voc"),
         (["workbook", "--preset", "none_such"], "none_such"),
     ],
 )
@@ -62,6 +66,54 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, monkey
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and word in error
     assert not list(tmp_path.rglob("weights.safetensors"))
+
+
+@pytest.fixture
+def voc_test(tmp_path):
+    """A VOC folder whose split test lists one image."""
+    from PIL import Image
+
+    root = tmp_path / "voc"
+    (root / "JPEGImages").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "test.txt").write_text("one\n")
+    Image.new("RGB", (4, 3)).save(root / "JPEGImages" / "one.jpg")
+    return root
+
+
+def test_submission_checks_an_archive(voc_test, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VOC_ROOT", str(voc_test))
+    archive = tmp_path / "voc.tgz"
+    assert main(["submission", str(archive), "--check"]) == 2
+    assert f"{archive} is not a readable tar archive" in capsys.readouterr().err
+    archive.write_bytes(b"no archive")
+    assert main(["submission", str(archive), "--check"]) == 2
+    assert f"{archive} is not a readable tar archive" in capsys.readouterr().err
+
+
+def test_submission_reads_the_folder_of_the_run(voc_test, tmp_path, monkeypatch):
+    import torch
+
+    seen = []
+    monkeypatch.setenv("VOC_ROOT", str(voc_test))
+    monkeypatch.setattr("ssepa_lib.export.export_submission", lambda n, r, data, *_, **__: seen.append(data.images[0]))
+    other = voc_test.rename(tmp_path / "other")
+    for name, root, expected in (("voc", other, 0), ("voc", "", 2), ("folder", other, 2)):
+        recipe = load_recipe(f"{name}/toco", {"data.root": str(root)})
+        monkeypatch.setattr("ssepa_lib.training.load_run", lambda *_, recipe=recipe: (torch.nn.Linear(1, 1), recipe))
+        assert main(["submission", "new.tgz", "--run", "mine"]) == expected
+    assert seen == [other / "JPEGImages" / "one.jpg"]
+
+
+def test_set_takes_lists_and_numbers_of_the_backbone(capsys):
+    changes = ["eval.scales=[1.0, 2]", "model.backbone_args={depth: 4}", "model.backbone_args.mlp_ratio=2e0",
+               "model.backbone_args.qkv_bias=false", "model.weights=[x"]  # fmt: skip
+    assert main(["recipe", "voc/toco", *(f"--set={item}" for item in changes[:-1])]) == 0
+    made = OmegaConf.create(capsys.readouterr().out)
+    assert made.eval.scales == [1.0, 2.0]
+    assert made.model.backbone_args == {"depth": 4, "mlp_ratio": 2.0, "qkv_bias": False}
+    assert main(["recipe", "voc/toco", "--set", changes[-1]]) == 2
+    assert _pairs(["seeds=[1, 2]", "lr=6e-5", "train.steps=5"]) == {"seeds": "[1, 2]", "lr": "6e-5", "train.steps": "5"}
 
 
 def test_recipe_prints_what_a_recipe_file_reads(tmp_path, capsys):

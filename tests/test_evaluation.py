@@ -19,13 +19,16 @@ from ssepa_lib.evaluation import (
     ThresholdConfusion,
     background_and_cam,
     describe_setting,
+    describe_settings,
     evaluate,
+    is_current,
     mean_average_precision,
+    read_metrics,
     segmentation_logits,
     write_metrics,
 )
 from ssepa_lib.network import build_network
-from ssepa_lib.recipe import Recipe
+from ssepa_lib.recipe import AffinityConfig, Recipe
 from ssepa_lib.transforms import eval_batches
 
 CLASSES = ("circle", "square")
@@ -36,7 +39,7 @@ class ColourNetwork(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone = SimpleNamespace(patch_size=(1, 1))
+        self.backbone, self.affinity_config = SimpleNamespace(patch_size=(1, 1)), AffinityConfig()
         self.classes = CLASSES
 
     def forward(self, image, *, segment=True, affinity=False, mask=None):
@@ -166,6 +169,31 @@ def test_the_setting_tells_scales_mirror_and_crf():
     assert setting["products"]["cam_ms"] == {"scales": [1.0, 0.5, 1.5], "flip": True, "crf": False}
 
 
+def test_every_way_of_inference_is_described_once():
+    products = ("cam", "segmentation", "cam_ms", "segmentation_ms", "pseudo_label")
+    first, second = (
+        evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", inference=ways, products=names)["setting"]
+        for ways, names in ((("raw",), ("cam", "segmentation")), (("ms",), ("cam", "segmentation")))
+    )
+    lines = describe_settings([first, second], products)
+    assert [line.split(": ")[0] for line in lines] == ["cam, segmentation", "cam_ms", "segmentation_ms"]
+    for line, way in zip(lines, ("scale 1,", "scales 1/0.5/1.5 + mirror,", "scales 1/1.25/1.5 + mirror,"), strict=True):
+        assert f"8², {way}" in line
+
+
+def test_a_setting_is_current_while_the_recipe_says_the_same():
+    made = recipe(8)
+    setting = evaluate(ColourNetwork(), made, TwoImages(), device="cpu", inference=("raw", "ms"))["setting"]
+    setting = json.loads(json.dumps(setting))
+    assert is_current(setting, made, 2) and not is_current(setting, made, 1)
+    for section, name, value in (
+        ("cam", "background", 0.4), ("cam", "flip", False), ("eval", "flip", False), ("eval", "scales", [1.0]),
+        ("data", "eval_size", 0), ("train", "seed", 1),
+    ):  # fmt: skip
+        changed = replace(made, **{section: replace(getattr(made, section), **{name: value})})
+        assert not is_current(setting, changed, 2), name
+
+
 def test_batches_give_what_a_loop_over_images_gives(tiny):
     settings = tiny("ssepa", **{"eval.batch": 3, "data.val_images": 4})
     dataset = build_dataset(settings.data, "val")
@@ -270,14 +298,18 @@ def test_mean_average_precision_by_hand():
 
 
 def test_metrics_of_several_splits_merge(tmp_path):
-    write_metrics(tmp_path / "run", "val", {"miou": {"cam": 1.0}})
-    path = write_metrics(tmp_path / "run", "train", {"miou": {"cam": 2.0}})
-    write_metrics(tmp_path / "run", "val", {"miou": {"cam": 3.0}})
-    content = json.loads(path.read_text())
-    assert content == {"val": {"miou": {"cam": 3.0}}, "train": {"miou": {"cam": 2.0}}}
+    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", products=("cam",))
+    one, two, three = (result | {"miou": {"cam": value}} for value in (1.0, 2.0, 3.0))
+    assert read_metrics(tmp_path / "run") == {}
+    write_metrics(tmp_path / "run", "val", one)
+    path = write_metrics(tmp_path / "run", "train", two)
+    write_metrics(tmp_path / "run", "val", three)
+    assert read_metrics(tmp_path / "run") == {"val": three, "train": two}
     with pytest.raises(ValueError):
-        write_metrics(tmp_path / "run", "val", {"miou": {"cam": float("nan")}})
-    assert json.loads(path.read_text()) == content and len(list((tmp_path / "run").iterdir())) == 1
-    path.write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        write_metrics(tmp_path / "run", "val", {})
+        write_metrics(tmp_path / "run", "val", result | {"miou": {"cam": float("nan")}})
+    assert read_metrics(tmp_path / "run")["val"] == three and list((tmp_path / "run").iterdir()) == [path]
+    old = {"val": result | {"setting": {name: v for name, v in result["setting"].items() if name != "products"}}}
+    for content in ("{", "[]", '{"val": 1}', '{"val": {"setting": {}, "miou": {}}}', json.dumps(old)):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"metrics\.json is no metrics file .*; delete it and evaluate"):
+            write_metrics(tmp_path / "run", "val", one)

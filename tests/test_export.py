@@ -76,7 +76,20 @@ def test_predict_folder_names_what_is_wrong(tmp_path):
         TwoImages().image(0).save(tmp_path / f"same.{suffix}")
     with pytest.raises(UserError, match="same.png would share one result"):
         predict_folder(ColourNetwork(), recipe(), tmp_path, tmp_path / "out", device="cpu")
+    (tmp_path / "same.k.png").write_bytes(b"")  # sorted between the two
+    with pytest.raises(UserError, match="same.png would share one result"):
+        predict_folder(ColourNetwork(), recipe(), tmp_path, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_predict_folder_does_not_write_over_the_images(tmp_path):
+    TwoImages().image(0).save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(UserError, match="holds your images"):
+            predict_folder(ColourNetwork(), recipe(), tmp_path, out, device="cpu", inference="raw")
+    assert (tmp_path / "mine.png").read_bytes() == before and not (tmp_path / "classes.csv").exists()
 
 
 def test_overlay_colours_foreground_only_and_names_it():

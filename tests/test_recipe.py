@@ -39,6 +39,29 @@ def test_published_schedule():
         ({"affinity.kind": "none", "affinity.supervision": "cls"}, "only haaf learns"),
         ({"cam.low": 0.9}, "cam.low"),
         ({"data.scale": [2.0, 0.5]}, "data.scale"),
+        ({"data.train_images": -1}, "data.train_images"),
+        ({"data.val_images": -1}, "val_images"),
+        ({"cam.scales": [1.0, 0.0]}, "cam.scales"),
+        ({"cam.background": 1.1}, "cam.background"),
+        ({"cam.par_dilations": []}, "cam.par_dilations"),
+        ({"cam.par_dilations": [1, 0]}, "cam.par_dilations"),
+        ({"cam.par_iterations": -1}, "cam.par_iterations"),
+        ({"contrast.local_crops": 0}, "contrast.local_crops"),
+        ({"contrast.local_size": 0}, "local_size"),
+        ({"contrast.momentum": 1.5}, "contrast.momentum"),
+        ({"contrast.global_scale": [1.0]}, "contrast.global_scale"),
+        ({"reinforce.view_scale": [1.0, 0.3]}, "reinforce.view_scale"),
+        ({"reinforce.uncertain": [0.2, 0.5, 0.7]}, "reinforce.uncertain"),
+        ({"reinforce.teacher_temperature": [0.04]}, "reinforce.teacher_temperature"),
+        ({"reinforce.teacher_temperature": [0.0, 0.07]}, "reinforce.teacher_temperature"),
+        ({"reinforce.center_momentum": -0.1}, "reinforce.center_momentum"),
+        ({"reinforce.momentum": 9995.0}, "reinforce.momentum"),
+        ({"optim.lr": "nan"}, "optim.lr"),
+        ({"optim.lr": "inf"}, "optim.lr"),
+        ({"optim.lr": 0.0}, "optim.lr"),
+        ({"eval.batch": 0}, "eval.batch"),
+        ({"eval.scales": []}, "eval.scales"),
+        ({"eval.scales": [1.0, -0.5]}, "eval.scales"),
     ],
 )
 def test_bad_settings_are_named(overrides, word):
@@ -50,6 +73,17 @@ def test_bad_settings_are_named(overrides, word):
 def test_unknown_recipes_are_refused(name):
     with pytest.raises(UserError):
         load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [", b"train:\n\tsteps: 5", b"- train", b"3", "# Größe\n".encode("latin-1"), b"train: 5", b"train: [5]"],
+)
+def test_a_broken_recipe_file_is_named(tmp_path, content):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_recipe(str(path))
 
 
 def test_text_numbers_are_coerced():
@@ -72,3 +106,24 @@ def test_round_trip_and_hash(tmp_path):
     assert len({load_recipe("voc/toco", arm).hash() for arm in ({}, *arms)}) == 3
     assert load_recipe("voc/fsr", kept).hash() != load_recipe("voc/fsr").hash()
     assert load_recipe("voc/fsr", masks).hash() != load_recipe("voc/fsr").hash()
+
+
+def test_hash_ignores_what_leaves_the_weights_alone():
+    plain = load_recipe("voc/ssepa").hash()
+    for same in ({"train.checkpointing": True}, {"train.device": "cpu"}, {"cam.background": 0.4},
+                 {"affinity.strategy": "all_heads"}):  # fmt: skip
+        assert load_recipe("voc/ssepa", same).hash() == plain, same
+    for other in ({"train.precision": "bf16"}, {"train.compile": True}, {"cam.low": 0.2}):
+        assert load_recipe("voc/ssepa", other).hash() != plain, other
+
+
+def test_the_root_of_your_own_images_belongs_to_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.delenv("FOLDER_ROOT", raising=False)
+    hashes = {load_recipe("folder/toco", {"data.root": root}).hash() for root in ("", "a", "b")}
+    assert len(hashes) == 3 and len({load_recipe("voc/toco", {"data.root": r}).hash() for r in ("", "a", "b")}) == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOLDER_ROOT", "mine")
+    assert load_recipe("folder/toco").data.root == str(tmp_path / "mine")
+    assert load_recipe("folder/toco").hash() not in hashes
+    assert load_recipe("folder/toco", {"data.root": "a"}).data.root == "a"
+    assert load_recipe("voc/toco").data.root == ""

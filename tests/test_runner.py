@@ -101,6 +101,27 @@ def test_missing_data_is_told_before_anything_runs(folder, tmp_path, monkeypatch
     assert not (tmp_path / "results").exists()
 
 
+def test_your_own_images_are_found_by_their_variable(folder, tmp_path, monkeypatch):
+    """FOLDER_ROOT relative to where the command is given, although the kernels run elsewhere."""
+    from PIL import Image
+
+    from ssepa_lib.recipe import load_recipe
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FOLDER_ROOT", raising=False)
+    cell = "import os, pathlib\nfrom ssepa_lib.recipe import load_recipe\n"
+    cell += "pathlib.Path(os.environ['SSEPA_RESULTS'], 'root').write_text(load_recipe(f'{preset}/toco').data.root)"
+    write(folder, "00_a", cell)
+    with pytest.raises(UserError, match="data.root"):
+        run_workbook("folder", notebooks=folder, results=tmp_path / "results")
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine" / "images" / "a.png")
+    (tmp_path / "mine" / "labels.csv").write_text("image,classes\na.png,cat\n")
+    monkeypatch.setenv("FOLDER_ROOT", "mine")
+    assert run_workbook("folder", notebooks=folder, results=tmp_path / "results") == 0
+    assert (tmp_path / "results" / "root").read_text() == str(tmp_path / "mine") == load_recipe("folder/toco").data.root
+
+
 def test_run(folder, tmp_path, capfd):
     """Overrides arrive; a failure keeps its copy, stops what depends on it and nothing else; exit status 1."""
     record = "import os, pathlib\n"

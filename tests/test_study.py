@@ -1,12 +1,18 @@
 """Runs in their places, on a ViT of two layers and width 32."""
 
+import json
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from ssepa_lib import study
+from ssepa_lib.cli import main
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import evaluate
+from ssepa_lib.recipe import load_recipe, save_recipe
 from ssepa_lib.tables import paired_differences, summary, table_3
 from ssepa_lib.training import load_run
 
@@ -74,6 +80,88 @@ def test_another_setting_is_evaluated_again_and_only_what_is_missing(study_runs,
     assert {"segmentation", "segmentation_ms"} <= set(more["miou"]), "what was there stays"
     assert {"segmentation", "segmentation_ms"} <= set(more["setting"]["products"])
     assert study.evaluate_run(folder, images=3, device="cpu") == more, "a result with more in it serves as well"
+
+
+def test_fewer_images_leave_the_result_on_all_images(study_runs, monkeypatch):
+    folder = study.run_folder("shapes", "toco", 1)
+    path = folder / "recipe.yaml"
+    recipe, before = load_recipe(str(path)), path.read_text()
+    save_recipe(replace(recipe, data=replace(recipe.data, val_images=6)), path)
+    whole = study.evaluate_run(folder, device="cpu")
+    few = study.evaluate_run(folder, images=2, device="cpu")
+    stored = json.loads((folder / "metrics.json").read_text())
+    assert stored["val"] == whole and stored["val (2 images)"] == few
+    assert (whole["setting"]["images"], few["setting"]["images"]) == (6, 2)
+    monkeypatch.setattr(study, "evaluate", None)
+    assert study.evaluate_run(folder, device="cpu") == study.evaluate_run(folder, images=6, device="cpu") == whole
+    assert study.evaluate_run(folder, images=2, device="cpu") == few
+    path.write_text(before)
+
+
+def test_a_result_of_another_setting_is_not_read(study_runs):
+    folder = study.run_folder("shapes", "toco", 1)
+    path = folder / "recipe.yaml"
+    recipe, before = load_recipe(str(path)), path.read_text()
+    ask = {"images": 5, "device": "cpu", "inference": ("raw", "ms"), "products": ("cam", "segmentation")}
+    study.evaluate_run(folder, **ask)
+    for changes in ({"eval": {"flip": False}}, {"cam": {"background": 0.3}}, {"data": {"eval_size": 0}}):
+        for section, fields in changes.items():
+            recipe = replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
+        save_recipe(recipe, path)
+        result = study.evaluate_run(folder, **ask)
+        network, _ = load_run(folder, "cpu")
+        options = {"products": ask["products"], "inference": ask["inference"], "device": "cpu"}
+        assert result["setting"] == evaluate(network, recipe, study.split_of(recipe, images=5), **options)["setting"]
+    assert not result["setting"]["products"]["segmentation_ms"]["flip"]
+    path.write_text(before)
+
+
+@pytest.mark.parametrize("content", ["{", '{"val (4 images)": {"miou": {}}}'])
+def test_a_broken_metrics_file_is_named(study_runs, content):
+    folder = study.run_folder("shapes", "toco", 0)
+    path = folder / "metrics.json"
+    before = path.read_text()
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"toco-seed0.metrics\.json is no metrics file"):
+        study.evaluate_run(folder, images=4, device="cpu")
+    path.write_text(before)
+
+
+def test_voc_is_measured_on_its_own_train_split(tmp_path, monkeypatch):
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    for folder, kind, suffix in (("JPEGImages", "RGB", "jpg"), ("SegmentationClass", "L", "png")):
+        (tmp_path / folder).mkdir()
+        for name in "abc":
+            Image.new(kind, (40, 32), 1).save(tmp_path / folder / f"{name}.{suffix}")
+    for split, ids in {"train": "a b", "train_aug": "a b c"}.items():
+        (tmp_path / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(ids)
+    recipe = load_recipe("voc/toco", TINY | {"data.root": str(tmp_path), "data.train_images": 0, "data.workers": 0,
+                                             "train.steps": 1})  # fmt: skip
+    assert study.split_of(recipe, "train").ids == list("abc"), "pseudo-labels are written for what is trained on"
+    study.train(recipe, tmp_path / "run")
+    result = study.evaluate_run(tmp_path / "run", "train", device="cpu", products=("pseudo_label",))
+    assert (result["setting"]["split"], result["setting"]["images"]) == ("train", 2)
+    runs = pd.DataFrame([result["setting"] | result["miou"] | {"preset": "voc", "variant": "",
+                                                               "settings": result["setting"]}])  # fmt: skip
+    assert table_3(runs)["pseudo-label (train)"].tolist()[1] != "–"
+    trained_on = study.evaluate_run(tmp_path / "run", "train_aug", device="cpu", products=("pseudo_label",))
+    assert trained_on["setting"]["images"] == 3 and set(study.read_metrics(tmp_path / "run")) == {"train", "train_aug"}
+    assert load_recipe("voc/toco", {"data.measured_train": ""}).hash() == load_recipe("voc/toco").hash()
+
+
+def test_study_names_the_setting_of_every_column(study_runs, monkeypatch):
+    splits = {"val": {"images": 4, "inference": ("raw", "ms")}}
+    rows = study.run_study("shapes", METHODS, [0, 1], splits=splits, steps=2, arms={"": TINY})
+    monkeypatch.setattr(study, "run_study", lambda *_, **__: rows)
+    assert main(["study", "shapes", *METHODS, "--seeds", "0", "1", "--ms"]) == 0
+    lines = [line for line in (study.preset_folder("shapes") / "tables" / "study.md").read_text().splitlines()
+             if line.startswith("- ")]  # fmt: skip
+    assert [line.split(": ")[0] for line in lines] == [
+        "- cam, aux_cam, refined_cam, pseudo_label, segmentation",
+        "- cam_ms, aux_cam_ms, refined_cam_ms, pseudo_label_ms",
+        "- segmentation_ms",
+    ]
+    assert "scales 1/0.5/1.5 + mirror" in lines[1] and "scales 1/1.25/1.5 + mirror" in lines[2]
 
 
 def test_opening_a_run(study_runs):
