@@ -30,7 +30,8 @@ class HAAF(nn.Module):
     def forward(self, descriptor: Tensor) -> Tensor:
         x = descriptor.float().abs().clamp_min(1e-12).log()
         x = x - x.mean(1, keepdim=True)
-        return descriptor.shape[1] * self.mlp(x).float().softmax(1)
+        with torch.autocast(x.device.type, enabled=False):
+            return descriptor.shape[1] * self.mlp(x).softmax(1)
 
 
 class PatchAffinity:
@@ -79,20 +80,23 @@ class PatchAffinity:
         p = self.prefix if self.pooling == "patch" else 0
         return maps[..., p:, p:].mean((-2, -1))
 
-    def _apply(self, layer: int, values: Tensor) -> Tensor:
+    def _columns(self, values: Tensor) -> list[Tensor]:
+        """Values [B, P+N, V] as fused kernels want them, as wide as the keys: each [B, H, P+N, d], filled up with 0."""
+        q = self.queries[0]
+        heads, d = q.shape[1], q.shape[-1]
+        chunks = [F.pad(c, (0, d - c.shape[-1])) for c in values.to(q.dtype).split(d, -1)]
+        return [c.unsqueeze(1).expand(-1, heads, -1, -1) for c in chunks]
+
+    def _apply(self, layer: int, values: Tensor, columns: list[Tensor]) -> Tensor:
         """Head mean of one layer applied to values on all tokens, [B, P+N, V] → [B, P+N, V], without the map."""
         q, k = self.queries[layer], self.keys[layer]
-        heads, d = q.shape[1], q.shape[-1]
         if self.source == "logits":
             with torch.autocast(q.device.type, enabled=False):  # sums that cancel do not survive bfloat16
                 inner = k.float().transpose(-2, -1) @ values.float().unsqueeze(1)  # [B, H, d, V]
                 return (q.float() @ inner).mean(1) * self.scale
-        out = []
-        for chunk in values.to(q.dtype).split(d, -1):  # fused kernels want values as wide as the keys
-            padded = F.pad(chunk, (0, d - chunk.shape[-1])).unsqueeze(1).expand(-1, heads, -1, -1)
-            mixed = F.scaled_dot_product_attention(q, k, padded)  # [B, H, P+N, d]
-            out.append(mixed[..., : chunk.shape[-1]].float().mean(1))
-        return torch.cat(out, -1)
+        mixed = [F.scaled_dot_product_attention(q, k, c) for c in columns]  # [B, H, P+N, d]
+        width = values.shape[-1] - q.shape[-1] * (len(columns) - 1)  # of the last, without the zeros
+        return torch.cat([m.float().mean(1) for m in [*mixed[:-1], mixed[-1][..., :width]]], -1)
 
     def propagate(self, cam: Tensor) -> tuple[Tensor, Tensor]:
         """Per-layer products [B, K, N, C] and, from one more value column, the descriptor [B, K]."""
@@ -101,20 +105,23 @@ class PatchAffinity:
         if self.pooling == "full":
             skip[..., -1] = 1
         values = torch.cat([skip, values], 1)  # [B, P+N, C+1]
-        products, descriptor = [], []
+        products, descriptor, columns = [], [], self._columns(values)
         first = self.prefix if self.pooling == "patch" else 0
         for layer in range(len(self)):
-            out = self._apply(layer, values)
+            out = self._apply(layer, values, columns)
             products.append(out[:, self.prefix :, :-1])
             descriptor.append(out[:, first:, -1].mean(1) / (values.shape[1] - first))
         return torch.stack(products, 1), torch.stack(descriptor, 1)
 
     def _stack(self) -> Tensor:
         """Head-mean maps of all layers, [B, K, P+N, P+N]."""
-        layers = range(len(self))
-        if self.strategy == "all_heads":
-            return torch.stack([self._map(layer) for layer in layers], 1).mean(2)
-        return torch.stack([self._map(layer).mean(1) for layer in layers], 1)
+        stack = None
+        for layer in range(len(self)):
+            maps = self._map(layer) if self.strategy == "all_heads" else self._map(layer).mean(1)
+            if stack is None:  # filled in place: the stack exists once
+                stack = maps.new_empty(len(maps), len(self), *maps.shape[1:])
+            stack[:, layer] = maps
+        return stack.mean(2) if self.strategy == "all_heads" else stack
 
     def _resolve(self, descriptor: Tensor) -> Tensor:
         """Layer weights [B, K], computed once."""
@@ -142,12 +149,13 @@ class PatchAffinity:
         """Refined map, [B, N, C] → [B, N, C], propagated `steps` times."""
         if self.strategy != "haaf_fused":
             dense = self.dense()
-            for _ in range(self.steps):
-                cam = dense @ cam.float()
+            with torch.autocast(cam.device.type, enabled=False):
+                for _ in range(self.steps):
+                    cam = dense.float() @ cam.float()
             return cam
         for _ in range(self.steps):
             products, descriptor = self.propagate(cam)
-            cam = torch.einsum("bk,bknc->bnc", self._resolve(descriptor), products) / len(self)
+            cam = (self._resolve(descriptor)[:, :, None, None] * products).mean(1)
         return cam
 
     def dense(self) -> Tensor:

@@ -79,7 +79,8 @@ class Backbone(nn.Module):
         self.depth = len(self.vit.blocks)
         self.heads: int = self.vit.blocks[0].attn.num_heads
         if not -self.depth <= config.aux_block < self.depth:
-            raise UserError(f"model.aux_block is {config.aux_block} but '{config.backbone}' has {self.depth} blocks.")
+            raise UserError(f"model.aux_block is {config.aux_block} but '{config.backbone}' has {self.depth} blocks; "
+                            f"choose {-self.depth}..{self.depth - 1}.")  # fmt: skip
         self.aux_block = config.aux_block % self.depth
         self.patch_size: tuple[int, int] = self.vit.patch_embed.patch_size
         self.drop_prefix = config.aggregator != "class_token" and not config.keep_class_token
@@ -120,7 +121,8 @@ class Backbone(nn.Module):
         x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
         if self.drop_prefix:
             if rope is not None:
-                raise UserError("model.aggregator other than class_token needs a backbone without rotary positions.")
+                raise UserError("model.aggregator other than class_token needs a backbone without rotary positions; "
+                                "set model.keep_class_token or choose another model.backbone.")  # fmt: skip
             x = x[:, self.vit.num_prefix_tokens :]
         return self.vit.norm_pre(x), rope, (h, w)
 
@@ -174,7 +176,8 @@ def _create_vit(config: ModelConfig) -> nn.Module:
     try:
         vit = timm.create_model(config.backbone, pretrained=download, **options)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
+                        "model.backbone_args.") from error  # fmt: skip
     except OSError as error:  # what a hub download raises without a network
         raise UserError(f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
                         f"into {weights_root()} or set model.weights.") from error  # fmt: skip
@@ -196,7 +199,8 @@ def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"weight file {path} does not fit the backbone '{name}': "
-                        f"{str(error).splitlines()[-1].strip()}") from error  # fmt: skip
+                        f"{str(error).splitlines()[-1].strip()}; correct model.backbone, model.backbone_args or "
+                        "model.weights.") from error  # fmt: skip
     wrong = missing + [key for key in unexpected if not key.startswith(("head", "pre_logits", "fc_norm"))]
     if wrong:
         raise UserError(f"weight file {path} does not fit the backbone '{name}' ({len(wrong)} tensors differ, first "

@@ -6,6 +6,7 @@ where VOC is at hand, else built-in scenes; weights are random, which changes no
 """
 
 import gc
+import itertools
 import json
 import os
 import platform
@@ -43,8 +44,9 @@ from ssepa_lib.training import Trainer
 from ssepa_lib.transforms import Batch, train_loader
 
 BACKBONES = {True: "vit_base_patch16_224.orig_in21k_ft_in1k", False: "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
-STRATEGIES = ("haaf_fused", "haaf_dense", "all_heads")
-ONCE = "haaf_fused on the sum over scales"  # recipe ssepa_fast
+# rows of the suite affinity: method and strategy
+FUSED = {"haaf_fused": ("ssepa", "haaf_fused"), "haaf_fused once per image": ("ssepa_fast", "haaf_fused")}
+STACKED = {"haaf_dense": ("ssepa", "haaf_dense"), "all_heads": ("ssepa", "all_heads")}
 MB = 1e6
 
 
@@ -249,34 +251,36 @@ def encoder_bytes(trainer: Trainer, batch: int) -> int:
 
 
 def affinity(setup: Setup) -> Iterator[Row]:
-    """A full training step with each strategy against the step without affinity (SS-EPA, Table 4)."""
-    for size in (1,) if setup.quick else (1, 2):
+    """A full training step with each strategy against the step without affinity (SS-EPA, Table 4).
+
+    The strategies that build maps are timed apart from the others, whose memory they would push out.
+    """
+    for size, group in itertools.product((1,) if setup.quick else (1, 2), (FUSED, STACKED)):
         batch, setting = setup.batch(size), setup.describe(size)
-        trainers = {s: Trainer(setup.recipe("ssepa", batch=size, strategy=s), VOC_CLASSES, setup.device)
-                    for s in STRATEGIES}  # fmt: skip
-        for name, method in ((ONCE, "ssepa_fast"), ("none", "toco")):
-            trainers[name] = Trainer(setup.recipe(method, batch=size), VOC_CLASSES, setup.device)
+        recipes = {name: setup.recipe(method, batch=size, strategy=strategy)
+                   for name, (method, strategy) in group.items()}  # fmt: skip
+        recipes["none"] = setup.recipe("toco", batch=size)
+        trainers = {name: Trainer(recipe, VOC_CLASSES, setup.device) for name, recipe in recipes.items()}
         steps = {name: partial(dense_step, trainer, batch) for name, trainer in trainers.items()}
         seconds = interleaved(steps, setup)
         peaks = {name: step_bytes(trainer, batch) for name, trainer in trainers.items()}
         backbone = trainers["none"].network.backbone
         side = 1.5 * setup.side
         tokens = prod(backbone.grid(side, side)) + backbone.prefix
-        for s in (*STRATEGIES, ONCE):
-            maps = 0 if s == ONCE else affinity_map_bytes(2 * size, tokens, backbone.depth, backbone.heads, s)
-            target = setup.target("≤ 1.02") if s.startswith("haaf_fused") else ""
-            yield make_row("affinity", f"peak memory of a step, {s}", setting, "MB", peaks[s] / MB, peaks["none"] / MB,
-                           gain=False, target=target, floor_bytes=maps,
-                           note="floor: the stack of maps at scale 1.5 with mirror")  # fmt: skip
-        for s in (*STRATEGIES, ONCE):
-            target = setup.target("≤ 1.05") if s.startswith("haaf_fused") else ""
-            yield _overhead("affinity", f"step time, {s}", setting, seconds[s], seconds["none"], target=target,
-                            flops=count_flops(steps[s]))  # fmt: skip
-        kept = {name: saved_activation_bytes(partial(_dense_loss, t, batch), t.network, t.objectives)
-                for name, t in trainers.items() if name in ("haaf_fused", "none")}  # fmt: skip
-        yield make_row("affinity", "kept for the backward pass, haaf_fused", setting, "MB", kept["haaf_fused"] / MB,
-                       kept["none"] / MB, gain=False, floor_bytes=encoder_bytes(trainers["haaf_fused"], size),
-                       note="floor: the encoder's passes by formula")  # fmt: skip
+        fused = group is FUSED
+        for name, (_, strategy) in group.items():
+            maps = affinity_map_bytes(2 * size, tokens, backbone.depth, backbone.heads, strategy)
+            yield make_row("affinity", f"peak memory of a step, {name}", setting, "MB", peaks[name] / MB,
+                           peaks["none"] / MB, gain=False, target=setup.target("≤ 1.02") if fused else "",
+                           floor_bytes=maps, note="floor: the stack of maps at scale 1.5 with mirror")  # fmt: skip
+            yield _overhead("affinity", f"step time, {name}", setting, seconds[name], seconds["none"],
+                            target=setup.target("≤ 1.05") if fused else "", flops=count_flops(steps[name]))  # fmt: skip
+        if fused:
+            kept = {name: saved_activation_bytes(partial(_dense_loss, t, batch), t.network, t.objectives)
+                    for name, t in trainers.items() if name in ("haaf_fused", "none")}  # fmt: skip
+            yield make_row("affinity", "kept for the backward pass, haaf_fused", setting, "MB", kept["haaf_fused"] / MB,
+                           kept["none"] / MB, gain=False, floor_bytes=encoder_bytes(trainers["haaf_fused"], size),
+                           note="floor: the encoder's passes by formula")  # fmt: skip
 
 
 def step(setup: Setup) -> Iterator[Row]:
@@ -530,7 +534,8 @@ def machine(device: torch.device) -> dict[str, object]:
         "device": describe_device(device), "type": device.type, "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(), "precision": precision("auto", device),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(), "python": platform.python_version(), "cuda": torch.version.cuda,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(), "cuda": torch.version.cuda,
         **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
     }  # fmt: skip
 

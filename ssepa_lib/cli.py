@@ -14,7 +14,7 @@ def _pairs(items: list[str]) -> dict[str, Any]:
     """`key=value` arguments as a dictionary."""
     broken = [item for item in items if "=" not in item]
     if broken:
-        raise UserError(f"'{broken[0]}' is not NAME=VALUE; write for example train.steps=500.")
+        raise UserError(f"'{broken[0]}' is not NAME=VALUE; write train.steps=500 (--set) or steps=500 (-p).")
     return {key: _value(key, text) for key, text in (item.split("=", 1) for item in items)}
 
 

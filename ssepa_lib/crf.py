@@ -39,7 +39,8 @@ def dense_crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:
-        raise UserError("dense CRF needs pydensecrf2: install the project's `crf` extra, or go without CRF.") from error
+        raise UserError("dense CRF needs pydensecrf2: run `pip install -e '.[crf]'` in the project's folder (with a "
+                        "C++ compiler and Python 3.11 or 3.12), or go without CRF.") from error  # fmt: skip
     _, height, width = probabilities.shape
     strongest = probabilities.max(0) * np.exp(-(GAUSSIAN + BILATERAL))
     possible = (probabilities >= strongest).any((1, 2))  # at least the strongest itself

@@ -8,7 +8,9 @@ import csv
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from ssepa_lib.bilateral import bilateral_filter
 from ssepa_lib.datasets import VOC_CLASSES, build_dataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.losses import SIGMA_RGB, SIGMA_XY
-from ssepa_lib.network import build_network
+from ssepa_lib.network import Network, build_network
 from ssepa_lib.recipe import Recipe, load_recipe
 from ssepa_lib.refinement import PixelAdaptiveRefinement
 from ssepa_lib.training import Trainer, load_run, train
@@ -73,17 +75,30 @@ def _affinity_checks(setup: Setup) -> Iterator[Check]:
     yield Check("CAM: bfloat16 against float32", relative_error(half.cam, plain.cam), 5e-2)
 
 
-def _step_terms(setup: Setup, device: str, **train_settings) -> tuple[dict[str, Tensor], Tensor]:
-    """Loss terms and flat backbone gradient of one float32 step of the toy network on a device."""
+def _toy_step(device: str, **train_settings) -> tuple[dict[str, Tensor], Network]:
+    """Loss terms of one step of the toy network on a device, and the network with its gradients."""
     small = Setup(torch.device(device), quick=True)
     recipe = small.recipe()
-    trainer = Trainer(replace(recipe, train=replace(recipe.train, precision="fp32", **train_settings)), VOC_CLASSES,
-                      small.device)  # fmt: skip
+    trainer = Trainer(replace(recipe, train=replace(recipe.train, **train_settings)), VOC_CLASSES, small.device)
     trainer.index = recipe.switch_step
     terms = trainer.terms(small.batch(4))
     sum(terms.values()).backward()
-    gradients = [p.grad.flatten() for p in trainer.network.backbone.parameters() if p.grad is not None]
-    return terms, torch.cat(gradients)
+    return terms, trainer.network
+
+
+def _gradient(network: Network) -> Tensor:
+    """Of the backbone, flat."""
+    return torch.cat([p.grad.flatten() for p in network.backbone.parameters() if p.grad is not None])
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Without TensorFloat-32, whose rounding a threshold can magnify."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _checks(setup: Setup) -> Iterator[Check]:
@@ -104,11 +119,18 @@ def _checks(setup: Setup) -> Iterator[Check]:
     yield Check(
         "PAR: this device against the processor", relative_error(par.to(setup.device)(image, values), there), 1e-4
     )
-    terms, gradient = _step_terms(setup, setup.device.type)
-    for name, value in _step_terms(setup, "cpu")[0].items():
+    here = setup.device.type
+    with _exact_convolutions():
+        terms, network = _toy_step(here, precision="fp32")
+        there = _toy_step("cpu", precision="fp32")[0]
+        again = _toy_step(here, precision="fp32", checkpointing=True)[1]
+    for name, value in there.items():
         yield Check(f"loss term {name}: this device against the processor", relative_error(terms[name], value), 2e-2)
-    again = _step_terms(setup, setup.device.type, checkpointing=True)[1]
-    yield Check("gradient: checkpointing against none", relative_error(again, gradient), 1e-4)
+    yield Check("gradient: checkpointing against none", relative_error(_gradient(again), _gradient(network)), 1e-4)
+    half = _toy_step(here, precision="bf16")[1]
+    trained = {name for name, p in network.named_parameters() if p.grad is not None}
+    lost = trained - {name for name, p in half.named_parameters() if p.grad is not None}
+    yield Check("parameters that lose their gradient in bfloat16", len(lost), 0)
 
 
 def _training_recipe(method: str, setup: Setup, weights: Path | None, dry_run: bool) -> Recipe:
@@ -248,9 +270,22 @@ def run_gpu(
         print(f"{name}: {report['seconds'][name]} s{' FAILED' if name in report['errors'] else ''}", flush=True)
 
     part("checks", lambda end: report["checks"].extend(map(asdict, _checks(setup))))
+
+    def measure(end: float, suite: str) -> None:
+        for row in bench.measure(suite, setup, end):
+            rows.append(row)
+
     for suite in list(SHARES)[1:]:
-        part(suite, lambda end, suite=suite: rows.extend(bench.measure(suite, setup, end)))
-    part("training", lambda end: report["training"].extend(_training(out, setup, weights, dry_run, end - 10)))
+        part(suite, partial(measure, suite=suite))
+
+    def training(end: float) -> None:
+        if end - time.perf_counter() < 60:
+            raise TimeoutError("no time is left to train; allow more minutes")
+        for run in _training(out, setup, weights, dry_run, end - 10):
+            report["training"].append(run)
+            bench.write_report(out, "gpu", report, rows)
+
+    part("training", training)
     part("figures", lambda end: report["figures"].extend(_figures(out, rows, report["training"])))
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     print(bench.to_markdown(rows))

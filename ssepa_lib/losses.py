@@ -100,9 +100,9 @@ def normalised_cut(tokens: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
         mean = (tokens * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
         unit = F.normalize(tokens - mean, dim=-1) * valid
         edges = (unit @ unit.mT).clamp(min=0).square()  # [B, N, N]
-    degree = edges.sum(2)
-    sides = torch.stack([foreground, 1 - foreground])  # [2, B, N]
-    cut = torch.einsum("bi,bij,bj->b", foreground, edges, 1 - foreground)
+        degree = edges.sum(2)
+        sides = torch.stack([foreground, 1 - foreground])  # [2, B, N]
+        cut = torch.einsum("bi,bij,bj->b", foreground, edges, 1 - foreground)
     return (cut / ((sides * degree).sum(2) + 1e-5)).sum(0).mean()
 
 

@@ -113,10 +113,12 @@ class Network(nn.Module):
             cls = pool_class(patches, self.aggregation if self.aggregation != "class_token" else "gap")
         h, w = tokens.grid
         as_map = lambda x: x.transpose(1, 2).unflatten(2, (h, w))  # [B, N, X] → [B, X, h, w]  # noqa: E731
+        # scores before maps: autocast keeps the first cast of a weight, which must be one with a gradient
+        scores, aux_scores = self.classifier(patches.amax(1)), self.aux_classifier(tokens.aux.amax(1))
         with torch.no_grad():
             cam, aux_cam = as_map(self.classifier(patches)), as_map(self.aux_classifier(tokens.aux))
         return NetworkOutput(
-            scores=self.classifier(patches.amax(1)), aux_scores=self.aux_classifier(tokens.aux.amax(1)),
+            scores=scores, aux_scores=aux_scores,
             cam=cam.float(), aux_cam=aux_cam.float(), patches=patches, aux=tokens.aux, cls=cls,
             grid=(h, w),
             segmentation=self.decoder(as_map(patches)) if segment else None,

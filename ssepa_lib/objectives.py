@@ -182,7 +182,7 @@ class HaafSupervision(nn.Module):
         with torch.no_grad():
             products, descriptor = out.affinity.propagate(maps.float())
         weights = out.affinity.weigh(descriptor)
-        return torch.einsum("bk,bknx->bnx", weights, products) / weights.shape[1]
+        return (weights[:, :, None, None] * products).mean(1)
 
     def _refined(self, step: Step, out: NetworkOutput | None = None) -> Tensor:
         """Refined single-scale map, absent classes zero, [B, N, C] in 0..1."""

@@ -213,7 +213,8 @@ def prepare_voc(root: Path | None = None, source: Source = VOC, progress: Progre
     unpack(archive, "VOCdevkit/VOC2012", root)
     problems = verify("voc", root).problems
     if problems:
-        raise UserError(f"{root}: {problems[0]}")
+        reason = problems[0].split(";")[0]
+        raise UserError(f"{root} after unpacking: {reason}; delete {archive} and that folder and run again.")
     return Outcome("voc", root, True, f"VOC 2012 is at {root}; {archive} may be deleted.")
 
 
@@ -271,7 +272,8 @@ def prepare_sbd(root: Path | None = None, source: Source = SBD, progress: Progre
         shutil.rmtree(temporary, ignore_errors=True)
     problems = verify("sbd", root).problems
     if problems:
-        raise UserError(f"{root}: {problems[0]}")
+        reason = problems[0].split(";")[0]
+        raise UserError(f"{root} after unpacking: {reason}; delete {archive} and {masks} and run again.")
     return Outcome("sbd", root, True, f"train_aug has {len(ids)} images at {root}; {archive} may be deleted.")
 
 

@@ -129,7 +129,7 @@ def self_distillation(
     """
     target = ((teacher.detach().float() - center) / teacher_temperature).softmax(-1)
     loss = -(target * (student.float() / student_temperature).log_softmax(-1)).sum(-1)
-    return over_processes(loss.sum(), torch.tensor(len(loss), device=loss.device))
+    return over_processes(loss.sum(), torch.full((), len(loss), device=loss.device))
 
 
 def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
@@ -180,11 +180,11 @@ class SelfReinforcement(nn.Module):
             cls, patches = (_project(teacher["projector"], tokens) for tokens in (seen.cls, seen.patches))
             activation = (normalise_cam(seen.aux_cam[batch:].relu()) * label[:, :, None, None]).amax(1)
             mask = mask_blocks(activation, view2, self.config, fraction, generator)  # [B, N]
-        student = network(view2, segment=False, mask=mask)
+        student, at = network(view2, segment=False, mask=mask), mask.nonzero(as_tuple=True)
         temperatures = self.config.student_temperature, teacher_temperature(self.config, fraction)
-        hidden, whole = (_project(self.projector, tokens) for tokens in (student.patches[mask], student.cls))
+        hidden, whole = (_project(self.projector, tokens) for tokens in (student.patches[at], student.cls))
         losses = {
-            "unc": self_distillation(hidden, patches[batch:][mask], self.centers.patches, *temperatures),
+            "unc": self_distillation(hidden, patches[batch:][at], self.centers.patches, *temperatures),
             "cer": self_distillation(whole, cls[:batch], self.centers.cls, *temperatures),
         }
         if self.training:

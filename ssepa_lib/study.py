@@ -80,12 +80,15 @@ def open_run(
         UserError: it is not there; says what to run.
     """
     folder = run_folder(preset, method, seed, run_name)
-    command = f"run notebook 03_training first (python -m ssepa_lib workbook --preset {preset} --only 03)"
+    wanted = {"methods": method, "seed": seed, "run_name": run_name, "steps": steps}
+    options = "".join(f" -p {name}={value}" for name, value in wanted.items() if value or name == "seed")
+    command = f"run notebook 03_training first (python -m ssepa_lib workbook --preset {preset} --only 03{options})"
     if not (folder / "weights.safetensors").is_file():
         raise UserError(f"there is no finished run in {folder}; {command}.")
     network, recipe = load_run(folder, device)
     if steps and steps != recipe.train.steps:
-        raise UserError(f"{folder} holds a run of {recipe.train.steps} steps, not {steps}; {command}.")
+        found = recipe.train.steps
+        raise UserError(f"{folder} holds a run of {found} steps, not {steps}; set steps={found} or another run_name.")
     return network, recipe
 
 
@@ -226,8 +229,9 @@ def refined_mious(
     device = network.classifier.weight.device
     cam = cam_view(recipe.cam, "raw")
     curves = {name: ThresholdConfusion(dataset.classes, [cam.background], device) for name in variants}
+    batches = eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch, recipe.data.workers)
     with evaluating(network):
-        for ids, images, labels, masks in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch):
+        for ids, images, labels, masks in batches:
             require_masks(ids, masks, dataset)
             images, labels = images.to(device), labels.to(device)
             with autocast(recipe.train.precision, device):
@@ -342,8 +346,8 @@ def compare_supervisions(
 
 def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.DataFrame:
     """`analysis.attention_statistics` over a data set at the recipe's evaluation size."""
-    pictures = (batch[1] for batch in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch))
-    return attention_statistics(network, pictures, network.classifier.weight.device)
+    batches = eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch, recipe.data.workers)
+    return attention_statistics(network, (batch[1] for batch in batches), network.classifier.weight.device)
 
 
 def samples(dataset: SegmentationDataset, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor, list[Tensor]]:

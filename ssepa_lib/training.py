@@ -1,4 +1,4 @@
-"""The training loop: recipe in, run folder out; interrupted runs continue where they stopped, bit for bit.
+"""The training loop: recipe in, run folder out; interrupted runs go on where they stopped (on a CPU, bit for bit).
 
 A run folder holds `recipe.yaml`, `history.csv`, `state.pt` (to resume), and at the end `weights.safetensors`.
 """
@@ -121,6 +121,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.index = state["index"]
+        for group in state["optimizer"]["param_groups"]:  # a run may go on on another device
+            group["fused"] = self.device.type == "cuda"
         for name in ("network", "objectives", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
 
@@ -299,7 +301,7 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[Network, Recipe]:
     run_dir = Path(run_dir)
     weights = run_dir / "weights.safetensors"
     if not weights.is_file():
-        raise UserError(f"{run_dir} holds no finished run; train it first (notebook 03 or `python -m ssepa_lib train`)")
+        raise UserError(f"{run_dir} holds no finished run; train it first (notebook 03, or python -m ssepa_lib train).")
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
     try:
         with safe_open(weights, "pt") as file:

@@ -160,6 +160,19 @@ def test_bf16_stays_close_to_fp32(tiny):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
 
 
+@pytest.mark.parametrize("method", ["ssepa", "ssepa_fast", "fsr"])
+def test_bf16_trains_what_fp32_trains(tiny, method):
+    trained = []
+    for precision in ("fp32", "bf16"):
+        recipe = tiny(method, **{"train.precision": precision, "losses.switch": 0.0})
+        dataset = build_dataset(recipe.data, "train")
+        trainer = Trainer(recipe, dataset.classes, torch.device("cpu"))
+        total_loss(trainer.terms(next(iter(train_loader(dataset, recipe)))), recipe).backward()
+        trained.append({name for name, p in trainer.network.named_parameters() if p.grad is not None})
+    assert trained[0] == trained[1] and {"classifier.weight", "aux_classifier.weight"} <= trained[0]
+    assert method == "fsr" or any(name.startswith("haaf") for name in trained[0])
+
+
 @pytest.mark.parametrize(("steps", "switch"), [(1, 0.0), (2, 0.5)])
 def test_two_processes_have_the_gradient_of_one(tiny, tmp_path, steps, switch):
     """2 processes × batch 2 against 1 process × batch 4, over gloo: all terms of SS-EPA; and the switch to them."""
