@@ -80,23 +80,25 @@ class PatchAffinity:
         p = self.prefix if self.pooling == "patch" else 0
         return maps[..., p:, p:].mean((-2, -1))
 
-    def _columns(self, values: Tensor) -> list[Tensor]:
-        """Values [B, P+N, V] as fused kernels want them, as wide as the keys: each [B, H, P+N, d], filled up with 0."""
+    def _columns(self, values: Tensor) -> list[tuple[Tensor, int]]:
+        """Values [B, P+N, V] in pieces as wide as the keys, which fused kernels want: [B, H, P+N, d], filled up with
+        0, and how many of the d count."""
         q = self.queries[0]
         heads, d = q.shape[1], q.shape[-1]
-        chunks = [F.pad(c, (0, d - c.shape[-1])) for c in values.to(q.dtype).split(d, -1)]
-        return [c.unsqueeze(1).expand(-1, heads, -1, -1) for c in chunks]
+        pieces = [(F.pad(c, (0, d - c.shape[-1])), c.shape[-1]) for c in values.to(q.dtype).split(d, -1)]
+        return [(c.unsqueeze(1).expand(-1, heads, -1, -1), width) for c, width in pieces]
 
-    def _apply(self, layer: int, values: Tensor, columns: list[Tensor]) -> Tensor:
-        """Head mean of one layer applied to values on all tokens, [B, P+N, V] → [B, P+N, V], without the map."""
+    def _attend(self, layer: int, columns: list[tuple[Tensor, int]]) -> Tensor:
+        """Head mean of one layer's attention applied to `_columns(values)`, [B, P+N, V], without the map."""
         q, k = self.queries[layer], self.keys[layer]
-        if self.source == "logits":
-            with torch.autocast(q.device.type, enabled=False):  # sums that cancel do not survive bfloat16
-                inner = k.float().transpose(-2, -1) @ values.float().unsqueeze(1)  # [B, H, d, V]
-                return (q.float() @ inner).mean(1) * self.scale
-        mixed = [F.scaled_dot_product_attention(q, k, c) for c in columns]  # [B, H, P+N, d]
-        width = values.shape[-1] - q.shape[-1] * (len(columns) - 1)  # of the last, without the zeros
-        return torch.cat([m.float().mean(1) for m in [*mixed[:-1], mixed[-1][..., :width]]], -1)
+        mixed = [F.scaled_dot_product_attention(q, k, c)[..., :width] for c, width in columns]
+        return torch.cat([m.float().mean(1) for m in mixed], -1)
+
+    def _project(self, layer: int, values: Tensor) -> Tensor:
+        """Head mean of one layer's logits applied to values on all tokens, [B, P+N, V] → [B, P+N, V]."""
+        q, k = self.queries[layer].float(), self.keys[layer].float()
+        with torch.autocast(q.device.type, enabled=False):  # sums that cancel do not survive bfloat16
+            return (q @ (k.transpose(-2, -1) @ values.float().unsqueeze(1))).mean(1) * self.scale
 
     def propagate(self, cam: Tensor) -> tuple[Tensor, Tensor]:
         """Per-layer products [B, K, N, C] and, from one more value column, the descriptor [B, K]."""
@@ -105,10 +107,14 @@ class PatchAffinity:
         if self.pooling == "full":
             skip[..., -1] = 1
         values = torch.cat([skip, values], 1)  # [B, P+N, C+1]
-        products, descriptor, columns = [], [], self._columns(values)
+        products, descriptor = [], []
+        if self.source == "softmax":
+            apply, prepared = self._attend, self._columns(values)
+        else:
+            apply, prepared = self._project, values
         first = self.prefix if self.pooling == "patch" else 0
         for layer in range(len(self)):
-            out = self._apply(layer, values, columns)
+            out = apply(layer, prepared)
             products.append(out[:, self.prefix :, :-1])
             descriptor.append(out[:, first:, -1].mean(1) / (values.shape[1] - first))
         return torch.stack(products, 1), torch.stack(descriptor, 1)
@@ -148,10 +154,10 @@ class PatchAffinity:
     def __matmul__(self, cam: Tensor) -> Tensor:
         """Refined map, [B, N, C] → [B, N, C], propagated `steps` times."""
         if self.strategy != "haaf_fused":
-            dense = self.dense()
             with torch.autocast(cam.device.type, enabled=False):
+                dense = self.dense()
                 for _ in range(self.steps):
-                    cam = dense.float() @ cam.float()
+                    cam = dense @ cam.float()
             return cam
         for _ in range(self.steps):
             products, descriptor = self.propagate(cam)

@@ -6,7 +6,6 @@ where VOC is at hand, else built-in scenes; weights are random, which changes no
 """
 
 import gc
-import itertools
 import json
 import os
 import platform
@@ -255,32 +254,38 @@ def affinity(setup: Setup) -> Iterator[Row]:
 
     The strategies that build maps are timed apart from the others, whose memory they would push out.
     """
-    for size, group in itertools.product((1,) if setup.quick else (1, 2), (FUSED, STACKED)):
-        batch, setting = setup.batch(size), setup.describe(size)
-        recipes = {name: setup.recipe(method, batch=size, strategy=strategy)
-                   for name, (method, strategy) in group.items()}  # fmt: skip
-        recipes["none"] = setup.recipe("toco", batch=size)
-        trainers = {name: Trainer(recipe, VOC_CLASSES, setup.device) for name, recipe in recipes.items()}
-        steps = {name: partial(dense_step, trainer, batch) for name, trainer in trainers.items()}
-        seconds = interleaved(steps, setup)
-        peaks = {name: step_bytes(trainer, batch) for name, trainer in trainers.items()}
-        backbone = trainers["none"].network.backbone
-        side = 1.5 * setup.side
-        tokens = prod(backbone.grid(side, side)) + backbone.prefix
-        fused = group is FUSED
-        for name, (_, strategy) in group.items():
-            maps = affinity_map_bytes(2 * size, tokens, backbone.depth, backbone.heads, strategy)
-            yield make_row("affinity", f"peak memory of a step, {name}", setting, "MB", peaks[name] / MB,
-                           peaks["none"] / MB, gain=False, target=setup.target("≤ 1.02") if fused else "",
-                           floor_bytes=maps, note="floor: the stack of maps at scale 1.5 with mirror")  # fmt: skip
-            yield _overhead("affinity", f"step time, {name}", setting, seconds[name], seconds["none"],
-                            target=setup.target("≤ 1.05") if fused else "", flops=count_flops(steps[name]))  # fmt: skip
-        if fused:
-            kept = {name: saved_activation_bytes(partial(_dense_loss, t, batch), t.network, t.objectives)
-                    for name, t in trainers.items() if name in ("haaf_fused", "none")}  # fmt: skip
-            yield make_row("affinity", "kept for the backward pass, haaf_fused", setting, "MB", kept["haaf_fused"] / MB,
-                           kept["none"] / MB, gain=False, floor_bytes=encoder_bytes(trainers["haaf_fused"], size),
-                           note="floor: the encoder's passes by formula")  # fmt: skip
+    for size in (1,) if setup.quick else (1, 2):
+        yield from _overheads(setup, size, FUSED, "≤ 1.02", "≤ 1.05")
+        yield from _overheads(setup, size, STACKED)
+
+
+def _overheads(
+    setup: Setup, size: int, group: dict[str, tuple[str, str]], memory_target: str = "", time_target: str = ""
+) -> Iterator[Row]:
+    """Memory and time of the steps of a group, with their targets; its networks are gone with the last row."""
+    batch, setting = setup.batch(size), setup.describe(size)
+    recipes = {name: setup.recipe(method, batch=size, strategy=strategy) for name, (method, strategy) in group.items()}
+    recipes["none"] = setup.recipe("toco", batch=size)
+    trainers = {name: Trainer(recipe, VOC_CLASSES, setup.device) for name, recipe in recipes.items()}
+    steps = {name: partial(dense_step, trainer, batch) for name, trainer in trainers.items()}
+    seconds = interleaved(steps, setup)
+    peaks = {name: step_bytes(trainer, batch) for name, trainer in trainers.items()}
+    backbone = trainers["none"].network.backbone
+    side = 1.5 * setup.side
+    tokens = prod(backbone.grid(side, side)) + backbone.prefix
+    for name, (_, strategy) in group.items():
+        maps = affinity_map_bytes(2 * size, tokens, backbone.depth, backbone.heads, strategy)
+        yield make_row("affinity", f"peak memory of a step, {name}", setting, "MB", peaks[name] / MB,
+                       peaks["none"] / MB, gain=False, target=setup.target(memory_target), floor_bytes=maps,
+                       note="floor: the stack of maps at scale 1.5 with mirror")  # fmt: skip
+        yield _overhead("affinity", f"step time, {name}", setting, seconds[name], seconds["none"],
+                        target=setup.target(time_target), flops=count_flops(steps[name]))  # fmt: skip
+    if "haaf_fused" in group:
+        kept = {name: saved_activation_bytes(partial(_dense_loss, t, batch), t.network, t.objectives)
+                for name, t in trainers.items() if name in ("haaf_fused", "none")}  # fmt: skip
+        yield make_row("affinity", "kept for the backward pass, haaf_fused", setting, "MB", kept["haaf_fused"] / MB,
+                       kept["none"] / MB, gain=False, floor_bytes=encoder_bytes(trainers["haaf_fused"], size),
+                       note="floor: the encoder's passes by formula")  # fmt: skip
 
 
 def step(setup: Setup) -> Iterator[Row]:

@@ -113,8 +113,9 @@ def multi_scale_cam(
         first: output of the network on `image` itself, when it is already there; saves that pass at scale 1.
     """
     auxiliary = affinity and network.affinity_config.auxiliary
-    per_scale = affinity and network.affinity_config.per_scale
-    if affinity and not per_scale and first is None:
+    once = affinity and not network.affinity_config.per_scale
+    per_scale = affinity and not once
+    if once and first is None:
         first = network(image, segment=False, affinity=True)
     select, size, totals = _Selection(label), image.shape[-2:], None
     for scale in config.scales:
@@ -132,7 +133,7 @@ def multi_scale_cam(
             maps = [torch.cat([a, b]) for a, b in zip(shared, maps, strict=True)] if maps else shared
         maps = [_full_size(m.float(), size, config.flip) for m in maps]
         totals = maps if totals is None else [a.add_(b) for a, b in zip(totals, maps, strict=True)]
-    if affinity and not per_scale:
+    if once:
         totals = _refine_total(first, totals, auxiliary)
     return Cams(select, [normalise_cam(m) for m in totals])
 

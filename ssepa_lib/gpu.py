@@ -8,9 +8,7 @@ import csv
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,16 +89,6 @@ def _gradient(network: Network) -> Tensor:
     return torch.cat([p.grad.flatten() for p in network.backbone.parameters() if p.grad is not None])
 
 
-@contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """Without TensorFloat-32, whose rounding a threshold can magnify."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def _checks(setup: Setup) -> Iterator[Check]:
     """Everything that could differ between devices, precisions and fast paths."""
     yield from _affinity_checks(setup)
@@ -120,7 +108,7 @@ def _checks(setup: Setup) -> Iterator[Check]:
         "PAR: this device against the processor", relative_error(par.to(setup.device)(image, values), there), 1e-4
     )
     here = setup.device.type
-    with _exact_convolutions():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # a threshold can magnify TF32's rounding
         terms, network = _toy_step(here, precision="fp32")
         there = _toy_step("cpu", precision="fp32")[0]
         again = _toy_step(here, precision="fp32", checkpointing=True)[1]
@@ -270,13 +258,8 @@ def run_gpu(
         print(f"{name}: {report['seconds'][name]} s{' FAILED' if name in report['errors'] else ''}", flush=True)
 
     part("checks", lambda end: report["checks"].extend(map(asdict, _checks(setup))))
-
-    def measure(end: float, suite: str) -> None:
-        for row in bench.measure(suite, setup, end):
-            rows.append(row)
-
     for suite in list(SHARES)[1:]:
-        part(suite, partial(measure, suite=suite))
+        part(suite, lambda end, suite=suite: rows.extend(bench.measure(suite, setup, end)))
 
     def training(end: float) -> None:
         if end - time.perf_counter() < 60:

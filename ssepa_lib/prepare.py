@@ -197,6 +197,14 @@ def unpack(archive: Path, inner: str, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _require_complete(name: str, root: Path, rubbish: str) -> None:
+    """Raise UserError, naming what to delete, unless a data set that was just unpacked is whole."""
+    problems = verify(name, root).problems
+    if problems:
+        reason = problems[0].split(";")[0]
+        raise UserError(f"{root} after unpacking: {reason}; delete {rubbish} and run again.")
+
+
 def prepare_voc(root: Path | None = None, source: Source = VOC, progress: Progress | None = None) -> Outcome:
     """VOC 2012 at `root` (default `voc_root()`); the archive is kept, or expected, in the folder above.
 
@@ -211,10 +219,7 @@ def prepare_voc(root: Path | None = None, source: Source = VOC, progress: Progre
         raise UserError(f"{root} exists but is incomplete ({problems[0].split(';')[0]}); move it away and run again.")
     archive = fetch(source, root.parent, progress)
     unpack(archive, "VOCdevkit/VOC2012", root)
-    problems = verify("voc", root).problems
-    if problems:
-        reason = problems[0].split(";")[0]
-        raise UserError(f"{root} after unpacking: {reason}; delete {archive} and that folder and run again.")
+    _require_complete("voc", root, f"{archive} and that folder")
     return Outcome("voc", root, True, f"VOC 2012 is at {root}; {archive} may be deleted.")
 
 
@@ -270,10 +275,7 @@ def prepare_sbd(root: Path | None = None, source: Source = SBD, progress: Progre
         temporary.rename(masks)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    problems = verify("sbd", root).problems
-    if problems:
-        reason = problems[0].split(";")[0]
-        raise UserError(f"{root} after unpacking: {reason}; delete {archive} and {masks} and run again.")
+    _require_complete("sbd", root, f"{archive} and {masks}")
     return Outcome("sbd", root, True, f"train_aug has {len(ids)} images at {root}; {archive} may be deleted.")
 
 

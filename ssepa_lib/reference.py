@@ -83,17 +83,16 @@ def reference_cam(
     def resize(maps: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         return [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps]
 
-    def encode(x: Tensor) -> tuple[NetworkOutput, Tensor | None]:
+    def encode(x: Tensor) -> tuple[NetworkOutput, list[Tensor]]:
         with MaterialisedAttention(keep=True) as attention:
-            out = network(x, segment=False)
-        return out, stacked_affinity(network, attention.maps) if affinity else None
+            return network(x, segment=False), attention.maps
 
     def view(scale: float, mirror: bool) -> list[Tensor]:
         x = image.float()
         x = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        out, matrix = encode(x.flip(-1) if mirror else x)
+        out, attention = encode(x.flip(-1) if mirror else x)
         maps = [out.cam, out.aux_cam]
-        maps = resize(add_refined(maps, matrix) if per_scale else maps, size)
+        maps = resize(add_refined(maps, stacked_affinity(network, attention)) if per_scale else maps, size)
         return [m.flip(-1) for m in maps] if mirror else maps
 
     totals: list[Tensor] = []
@@ -103,8 +102,8 @@ def reference_cam(
             maps = [torch.maximum(a, b) for a, b in zip(maps, view(scale, True), strict=True)]
         totals = [m.relu() + (totals[i] if totals else 0) for i, m in enumerate(maps)]
     if affinity and not per_scale:
-        out, matrix = encode(image)
-        refined = resize(add_refined(resize(totals, out.grid), matrix), size)
+        out, attention = encode(image)
+        refined = resize(add_refined(resize(totals, out.grid), stacked_affinity(network, attention)), size)
         totals = [totals[0], refined[1] if auxiliary else totals[1], refined[2]]
     cams = [valid_cam(normalise_cam(m), label) for m in totals]
     return FullCams(cams[0], cams[1], cams[2] if affinity else None)
