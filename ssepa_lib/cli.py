@@ -53,7 +53,7 @@ def _line_per_row(row: dict[str, Any]) -> None:
 
 def workbook(args: argparse.Namespace) -> int:
     """Run the notebooks and write the report."""
-    from ssepa_lib.runner import run_workbook
+    from ssepa_lib.workbook.runner import run_workbook
 
     return run_workbook(args.preset, args.only, args.start, _pairs(args.parameter))
 
@@ -62,7 +62,7 @@ def train(args: argparse.Namespace) -> int:
     """Train a recipe into its run folder, or finish training it."""
     from ssepa_lib.paths import results_root
     from ssepa_lib.recipe import load_recipe
-    from ssepa_lib.training import train as run
+    from ssepa_lib.training.trainer import train as run
 
     recipe = load_recipe(args.recipe, _pairs(args.set) | ({"train.seed": args.seed} if args.seed is not None else {}))
     preset, *method = (
@@ -80,8 +80,8 @@ def _inference(args: argparse.Namespace) -> tuple[str, ...]:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Score a run on a split; prints every product with its setting."""
-    from ssepa_lib.evaluation import describe_setting
-    from ssepa_lib.study import evaluate_run
+    from ssepa_lib.evaluation.evaluate import describe_setting
+    from ssepa_lib.workbook.study import evaluate_run
 
     result = evaluate_run(args.run, args.split, images=args.images, device=args.device, inference=_inference(args),
                           progress=_counter(args.split))  # fmt: skip
@@ -93,8 +93,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """Segment a folder of images."""
-    from ssepa_lib.export import predict_folder
-    from ssepa_lib.training import load_run
+    from ssepa_lib.evaluation.export import predict_folder
+    from ssepa_lib.training.trainer import load_run
 
     network, recipe = load_run(args.run, args.device)
     device = next(network.parameters()).device
@@ -105,9 +105,9 @@ def predict(args: argparse.Namespace) -> int:
 
 def pseudo_labels(args: argparse.Namespace) -> int:
     """Write a split's pseudo-labels as palette PNGs."""
-    from ssepa_lib.export import export_pseudo_labels
-    from ssepa_lib.study import split_of
-    from ssepa_lib.training import load_run
+    from ssepa_lib.evaluation.export import export_pseudo_labels
+    from ssepa_lib.workbook.study import split_of
+    from ssepa_lib.training.trainer import load_run
 
     network, recipe = load_run(args.run, args.device)
     device = next(network.parameters()).device
@@ -118,10 +118,10 @@ def pseudo_labels(args: argparse.Namespace) -> int:
 
 def submission(args: argparse.Namespace) -> int:
     """Make the archive for the VOC server, or check one."""
-    from ssepa_lib.datasets import VocDataset
-    from ssepa_lib.export import export_submission, validate_submission
+    from ssepa_lib.data.datasets import VocDataset
+    from ssepa_lib.evaluation.export import export_submission, validate_submission
     from ssepa_lib.paths import voc_root
-    from ssepa_lib.training import load_run
+    from ssepa_lib.training.trainer import load_run
 
     if args.run is None and not args.check:
         raise UserError("submission needs --run RUN (a run folder), or --check to inspect an archive.")
@@ -141,7 +141,7 @@ def submission(args: argparse.Namespace) -> int:
 
 def data(args: argparse.Namespace) -> int:
     """Download, convert or verify data; `verify` returns 1 when something is missing."""
-    from ssepa_lib import prepare
+    from ssepa_lib.data import prepare
 
     if args.what == "verify":
         names = [args.name] if args.name else ["voc", "sbd", "coco"]
@@ -179,7 +179,7 @@ def recipe(args: argparse.Namespace) -> int:
 
 def pretrain(args: argparse.Namespace) -> int:
     """Pre-train the built-in data's ViT."""
-    from ssepa_lib.pretrain import pretrain as run
+    from ssepa_lib.benchmarks.pretrain_shapes import pretrain as run
 
     options = {"steps": args.steps} if args.steps else {}
     print(run(args.out, seed=args.seed, on_step=_line_per_row, **options))
@@ -188,7 +188,7 @@ def pretrain(args: argparse.Namespace) -> int:
 
 def tables(args: argparse.Namespace) -> int:
     """Print the paper's tables beside the runs of a preset."""
-    from ssepa_lib import tables as t
+    from ssepa_lib.workbook import tables as t
     from ssepa_lib.paths import results_root
 
     runs = t.collect_runs(results_root() / args.preset)
@@ -201,9 +201,9 @@ def study(args: argparse.Namespace) -> int:
     """Train and score methods over seeds; writes `tables/study.csv` and `.md` below the preset."""
     import pandas as pd
 
-    from ssepa_lib import tables as t
-    from ssepa_lib.evaluation import INFERENCE, PRODUCTS, describe_settings, product_names
-    from ssepa_lib.study import preset_folder, run_study
+    from ssepa_lib.workbook import tables as t
+    from ssepa_lib.evaluation.evaluate import INFERENCE, PRODUCTS, describe_settings, product_names
+    from ssepa_lib.workbook.study import preset_folder, run_study
 
     options: dict[str, Any] = {"inference": _inference(args)}
     runs = run_study(args.preset, args.methods, args.seeds, splits={split: options for split in args.splits},
@@ -232,11 +232,11 @@ def study(args: argparse.Namespace) -> int:
 
 def haaf(args: argparse.Namespace) -> int:
     """Train HAAF alone on a finished run with every supervision, and compare with every layer alone."""
-    from ssepa_lib import figures
-    from ssepa_lib import tables as t
+    from ssepa_lib.workbook import figures
+    from ssepa_lib.workbook import tables as t
     from ssepa_lib.recipe import SUPERVISIONS
-    from ssepa_lib.study import compare_supervisions, measured_split
-    from ssepa_lib.training import load_run
+    from ssepa_lib.workbook.study import compare_supervisions, measured_split
+    from ssepa_lib.training.trainer import load_run
 
     network, recipe = load_run(args.run, args.device)
     settings = {"source": args.source, "descriptor": args.descriptor, "steps": args.propagate}
@@ -256,14 +256,14 @@ def haaf(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Run benchmark suites."""
-    from ssepa_lib.bench import run_suites
+    from ssepa_lib.benchmarks.bench import run_suites
 
     return run_suites(args.suite, args.out, quick=args.quick, full=args.full, device=args.device)
 
 
 def gpu(args: argparse.Namespace) -> int:
     """Check, measure and train on a GPU."""
-    from ssepa_lib.gpu import run_gpu
+    from ssepa_lib.benchmarks.gpu import run_gpu
 
     return run_gpu(args.out, args.minutes, data=args.data, weights=args.weights, dry_run=args.dry_run)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ssepa_lib.affinity import HAAF, PatchAffinity
+from ssepa_lib.model.affinity import HAAF, PatchAffinity
 
 B, K, H, D, P, N, C = 2, 3, 4, 8, 1, 12, 5
 

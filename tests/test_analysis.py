@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from ssepa_lib.affinity import PatchAffinity
-from ssepa_lib.analysis import (
+from ssepa_lib.model.affinity import PatchAffinity
+from ssepa_lib.evaluation.analysis import (
     affinity_map_bytes,
     analytic_activation_bytes,
     attention_entropy,
@@ -23,9 +23,9 @@ from ssepa_lib.analysis import (
     peak_memory,
     saved_activation_bytes,
 )
-from ssepa_lib.backbone import Backbone
+from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.errors import UserError
-from ssepa_lib.network import Network
+from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import load_recipe
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -176,7 +176,7 @@ def test_formula_holds_under_autocast_and_with_plain_attention(monkeypatch):
     terms = analytic_activation_bytes(2, 17, 24, 3, 2, pixels=3 * 32 * 32, value=2)
     in_float32 = 3 * (3 * 2 + 4) * 2 * 17 * 24  # three layers: queries, keys, values; the output beside its bf16 copy
     assert saved_activation_bytes(autocast, backbone) == sum(terms.values()) + in_float32
-    monkeypatch.setattr("ssepa_lib.backbone.SHORT", 0)
+    monkeypatch.setattr("ssepa_lib.model.backbone.SHORT", 0)
     assert saved_activation_bytes(autocast, backbone) == sum(terms.values())
 
     timm.layers.set_fused_attn(False)

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssepa_lib.analysis import saved_activation_bytes
-from ssepa_lib.backbone import Backbone
+from ssepa_lib.evaluation.analysis import saved_activation_bytes
+from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import ModelConfig
 

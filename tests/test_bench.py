@@ -4,16 +4,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssepa_lib import bench, reference
-from ssepa_lib.cam import multi_scale_cam
+from ssepa_lib.benchmarks import bench
+from ssepa_lib.benchmarks import naive_step as reference
+from ssepa_lib.labels.cam import multi_scale_cam
 from ssepa_lib.cli import main
 from ssepa_lib.errors import UserError
-from ssepa_lib.losses import dense_energy
-from ssepa_lib.network import build_network
-from ssepa_lib.pseudo_labels import two_threshold_labels
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.training import Trainer
-from ssepa_lib.transforms import Batch
+from ssepa_lib.methods.losses import dense_energy
+from ssepa_lib.model.network import build_network
+from ssepa_lib.labels.pseudo_labels import two_threshold_labels
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.training.trainer import Trainer
+from ssepa_lib.data.views import Batch
 
 CLASSES = ("a", "b", "c")
 
@@ -153,7 +154,7 @@ def test_unknown_suite_is_refused():
 
 def test_formula_covers_what_the_encoder_keeps(tiny):
     """The three passes of a step, counted by formula, are most of what autograd keeps, and never more."""
-    from ssepa_lib.analysis import saved_activation_bytes
+    from ssepa_lib.evaluation.analysis import saved_activation_bytes
 
     setup = bench.Setup(torch.device("cpu"), quick=True)
     recipe = setup.recipe("toco", batch=2)

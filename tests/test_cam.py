@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssepa_lib.cam import cam_to_label, multi_scale_cam, normalise_cam, valid_cam
-from ssepa_lib.network import build_network
+from ssepa_lib.labels.cam import cam_to_label, multi_scale_cam, normalise_cam, valid_cam
+from ssepa_lib.model.network import build_network
 
 CLASSES = ("ant", "bee", "cat", "dog")
 LABEL = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])

@@ -18,7 +18,7 @@ def run(tiny, tmp_path, monkeypatch, capsys):
 def test_train_evaluate_predict_and_pseudo_labels(run, tmp_path, capsys):
     from PIL import Image
 
-    from ssepa_lib.shapes import render_scene
+    from ssepa_lib.data.shapes import render_scene
 
     assert main(["evaluate", str(run), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -96,11 +96,11 @@ def test_submission_reads_the_folder_of_the_run(voc_test, tmp_path, monkeypatch)
 
     seen = []
     monkeypatch.setenv("VOC_ROOT", str(voc_test))
-    monkeypatch.setattr("ssepa_lib.export.export_submission", lambda n, r, data, *_, **__: seen.append(data.images[0]))
+    monkeypatch.setattr("ssepa_lib.evaluation.export.export_submission", lambda n, r, data, *_, **__: seen.append(data.images[0]))
     other = voc_test.rename(tmp_path / "other")
     for name, root, expected in (("voc", other, 0), ("voc", "", 2), ("folder", other, 2)):
         recipe = load_recipe(f"{name}/toco", {"data.root": str(root)})
-        monkeypatch.setattr("ssepa_lib.training.load_run", lambda *_, recipe=recipe: (torch.nn.Linear(1, 1), recipe))
+        monkeypatch.setattr("ssepa_lib.training.trainer.load_run", lambda *_, recipe=recipe: (torch.nn.Linear(1, 1), recipe))
         assert main(["submission", "new.tgz", "--run", "mine"]) == expected
     assert seen == [other / "JPEGImages" / "one.jpg"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssepa_lib.contrast import local_views, region_map
+from ssepa_lib.methods.contrast import local_views, region_map
 from ssepa_lib.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssepa_lib.datasets import (
+from ssepa_lib.data.datasets import (
     COCO_CLASSES,
     VOC_CLASSES,
     CocoDataset,

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ssepa_lib import evaluation
-from ssepa_lib.cam import cam_to_label, multi_scale_cam
-from ssepa_lib.crf import crf_available
-from ssepa_lib.datasets import SegmentationDataset, build_dataset
+from ssepa_lib.evaluation import evaluate as evaluation
+from ssepa_lib.labels.cam import cam_to_label, multi_scale_cam
+from ssepa_lib.labels.crf import crf_available
+from ssepa_lib.data.datasets import SegmentationDataset, build_dataset
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import (
+from ssepa_lib.evaluation.evaluate import (
     Confusion,
     ThresholdConfusion,
     background_and_cam,
@@ -27,9 +27,9 @@ from ssepa_lib.evaluation import (
     segmentation_logits,
     write_metrics,
 )
-from ssepa_lib.network import build_network
+from ssepa_lib.model.network import build_network
 from ssepa_lib.recipe import AffinityConfig, Recipe
-from ssepa_lib.transforms import eval_batches
+from ssepa_lib.data.views import eval_batches
 
 CLASSES = ("circle", "square")
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from test_evaluation import CLASSES, ColourNetwork, TwoImages, recipe
 
-from ssepa_lib import export
-from ssepa_lib.datasets import voc_palette
+from ssepa_lib.evaluation import export
+from ssepa_lib.data.datasets import voc_palette
 from ssepa_lib.errors import UserError
-from ssepa_lib.export import (
+from ssepa_lib.evaluation.export import (
     SUBMISSION_FOLDER,
     export_pseudo_labels,
     export_submission,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssepa_lib import figures
+from ssepa_lib.workbook import figures
 
 CLASSES = ("circle", "square")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ssepa_lib.bilateral import bilateral_filter
-from ssepa_lib.losses import (
+from ssepa_lib.methods.bilateral import bilateral_filter
+from ssepa_lib.methods.losses import (
     class_token_contrast,
     classification_loss,
     dense_energy,

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from ssepa_lib.aggregator import pool_class
-from ssepa_lib.datasets import build_dataset
-from ssepa_lib.network import LargeFOV, ProjectionHead, build_network
-from ssepa_lib.training import Trainer
-from ssepa_lib.transforms import train_loader
+from ssepa_lib.model.aggregator import pool_class
+from ssepa_lib.data.datasets import build_dataset
+from ssepa_lib.model.network import LargeFOV, ProjectionHead, build_network
+from ssepa_lib.training.trainer import Trainer
+from ssepa_lib.data.views import train_loader
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from ssepa_lib.datasets import build_dataset
-from ssepa_lib.objectives import ClassTokenContrast, HaafSupervision, Step, build_objectives
+from ssepa_lib.data.datasets import build_dataset
+from ssepa_lib.methods.objectives import ClassTokenContrast, HaafSupervision, Step, build_objectives
 from ssepa_lib.recipe import SUPERVISIONS
-from ssepa_lib.training import Trainer
-from ssepa_lib.transforms import train_loader
+from ssepa_lib.training.trainer import Trainer
+from ssepa_lib.data.views import train_loader
 
 
 def step_of(recipe):

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from ssepa_lib import prepare
-from ssepa_lib.datasets import COCO_CLASSES, CocoDataset, VocDataset
+from ssepa_lib.data import prepare
+from ssepa_lib.data.datasets import COCO_CLASSES, CocoDataset, VocDataset
 from ssepa_lib.errors import UserError
-from ssepa_lib.prepare import Source, fetch, paint, prepare_coco, prepare_sbd, prepare_voc, unpack, verify
+from ssepa_lib.data.prepare import Source, fetch, paint, prepare_coco, prepare_sbd, prepare_voc, unpack, verify
 
 # pycocotools 2.0 under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

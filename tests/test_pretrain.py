@@ -5,10 +5,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssepa_lib.backbone import MICRO_WEIGHTS, Backbone
-from ssepa_lib.pretrain import _colours, _mosaic, _naming_loss, pretrain
+from ssepa_lib.model.backbone import MICRO_WEIGHTS, Backbone
+from ssepa_lib.benchmarks.pretrain_shapes import _colours, _mosaic, _naming_loss, pretrain
 from ssepa_lib.recipe import load_recipe
-from ssepa_lib.shapes import render_scene
+from ssepa_lib.data.shapes import render_scene
 
 QUICK = {"steps": 2, "batch": 8, "pictures": 12, "device": "cpu"}
 

@@ -12,7 +12,7 @@ import yaml
 
 from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
 from ssepa_lib.recipe import load_recipe
-from ssepa_lib.runner import discover
+from ssepa_lib.workbook.runner import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))

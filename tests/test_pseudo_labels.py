@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssepa_lib.pseudo_labels import inside, single_threshold_labels, token_labels, two_threshold_labels
-from ssepa_lib.refinement import PixelAdaptiveRefinement
+from ssepa_lib.labels.pseudo_labels import inside, single_threshold_labels, token_labels, two_threshold_labels
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
 
 
 def slow_labels(image, cam, label, par, threshold):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssepa_lib.aggregator import ClassAggregator, CrossAttentionBlock, pool_class
-from ssepa_lib.network import build_network
+from ssepa_lib.model.aggregator import ClassAggregator, CrossAttentionBlock, pool_class
+from ssepa_lib.model.network import build_network
 from ssepa_lib.recipe import ReinforceConfig, load_recipe
-from ssepa_lib.reinforce import (
+from ssepa_lib.methods.fsr import (
     Centers,
     SelfReinforcement,
     Teacher,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.shapes import BACKGROUNDS, HOME, SHAPE_CLASSES, _head, render_object, render_scene
+from ssepa_lib.data.shapes import BACKGROUNDS, HOME, SHAPE_CLASSES, _head, render_object, render_scene
 
 
 def scenes(split="train", count=60, **options):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ssepa_lib import study
+from ssepa_lib.workbook import study
 from ssepa_lib.cli import main
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import evaluate
+from ssepa_lib.evaluation.evaluate import evaluate
 from ssepa_lib.recipe import load_recipe, save_recipe
-from ssepa_lib.tables import paired_differences, summary, table_3
-from ssepa_lib.training import load_run
+from ssepa_lib.workbook.tables import paired_differences, summary, table_3
+from ssepa_lib.training.trainer import load_run
 
 TINY = {
     "data.crop": 32, "data.eval_size": 32, "data.batch": 2, "data.train_images": 4, "contrast.local_size": 16,

@@ -4,7 +4,7 @@ import math
 import pandas as pd
 import pytest
 
-from ssepa_lib import tables
+from ssepa_lib.workbook import tables
 from ssepa_lib.errors import UserError
 
 VIEWS = {

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssepa_lib.datasets import build_dataset
+from ssepa_lib.data.datasets import build_dataset
 from ssepa_lib.errors import UserError
-from ssepa_lib.objectives import total_loss
+from ssepa_lib.methods.objectives import total_loss
 from ssepa_lib.recipe import load_recipe
-from ssepa_lib.training import Trainer, is_finished, learning_rate_factor, load_run, train
-from ssepa_lib.transforms import train_loader
+from ssepa_lib.training.trainer import Trainer, is_finished, learning_rate_factor, load_run, train
+from ssepa_lib.data.views import train_loader
 
 
 def weights(folder):
@@ -179,7 +179,7 @@ def test_two_processes_have_the_gradient_of_one(tiny, tmp_path, steps, switch):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, torch\nfrom pathlib import Path\nfrom ssepa_lib.recipe import load_recipe\n"
-        "from ssepa_lib.training import train\ntorch.set_num_threads(1)\n"
+        "from ssepa_lib.training.trainer import train\ntorch.set_num_threads(1)\n"
         "train(load_recipe(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     from ssepa_lib.recipe import save_recipe

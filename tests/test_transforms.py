@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ssepa_lib.datasets import SegmentationDataset, ShapesDataset
+from ssepa_lib.data.datasets import SegmentationDataset, ShapesDataset
 from ssepa_lib.errors import UserError
-from ssepa_lib.transforms import Batch, TrainViews, collate, eval_batches, train_loader
+from ssepa_lib.data.views import Batch, TrainViews, collate, eval_batches, train_loader
 
 
 class Ramp(SegmentationDataset):

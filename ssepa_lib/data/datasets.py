@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ssepa_lib import paths
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import DataConfig
-from ssepa_lib.shapes import SHAPE_CLASSES, render_scene
+from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -147,7 +147,7 @@ class SegmentationDataset(Dataset):
 
 
 class ShapesDataset(SegmentationDataset):
-    """Built-in scenes (`ssepa_lib.shapes`), drawn when first asked for and kept in memory (64 kB each).
+    """Built-in scenes (`ssepa_lib.data.shapes`), drawn when first asked for and kept in memory (64 kB each).
 
     Args:
         split: train, val or test.

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.affinity import HAAF, PatchAffinity
-from ssepa_lib.aggregator import ClassAggregator, pool_class
-from ssepa_lib.backbone import Backbone
+from ssepa_lib.model.affinity import HAAF, PatchAffinity
+from ssepa_lib.model.aggregator import ClassAggregator, pool_class
+from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.recipe import OptimConfig, Recipe
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.network import Network, evaluating
+from ssepa_lib.model.network import Network, evaluating
 
 if TYPE_CHECKING:
     import pandas as pd

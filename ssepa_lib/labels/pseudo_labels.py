@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.refinement import PixelAdaptiveRefinement
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
 
 IGNORE = 255
 

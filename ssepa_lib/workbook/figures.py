@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from ssepa_lib.datasets import IGNORE, voc_palette
-from ssepa_lib.tables import METHODS, STRATEGIES, table_4
+from ssepa_lib.data.datasets import IGNORE, voc_palette
+from ssepa_lib.workbook.tables import METHODS, STRATEGIES, table_4
 
 Array = np.ndarray | torch.Tensor
 CAM_COLOURS = "inferno"

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.cam import Cams, multi_scale_cam
-from ssepa_lib.contrast import local_views, region_map
+from ssepa_lib.labels.cam import Cams, multi_scale_cam
+from ssepa_lib.methods.contrast import local_views, region_map
 from ssepa_lib.device import over_processes
-from ssepa_lib.losses import (
+from ssepa_lib.methods.losses import (
     class_token_contrast,
     classification_loss,
     dense_energy,
@@ -22,12 +22,12 @@ from ssepa_lib.losses import (
     patch_token_contrast,
     segmentation_loss,
 )
-from ssepa_lib.network import Network, NetworkOutput, ProjectionHead, evaluating
-from ssepa_lib.pseudo_labels import inside, token_labels, two_threshold_labels
+from ssepa_lib.model.network import Network, NetworkOutput, ProjectionHead, evaluating
+from ssepa_lib.labels.pseudo_labels import inside, token_labels, two_threshold_labels
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.reinforce import SelfReinforcement
-from ssepa_lib.transforms import Batch
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.methods.fsr import SelfReinforcement
+from ssepa_lib.data.views import Batch
 
 
 @dataclass

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
-from ssepa_lib.cam import multi_scale_cam
-from ssepa_lib.crf import crf_labels, crf_pool
-from ssepa_lib.datasets import IGNORE, SegmentationDataset
+from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.labels.crf import crf_labels, crf_pool
+from ssepa_lib.data.datasets import IGNORE, SegmentationDataset
 from ssepa_lib.device import autocast, describe_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.network import evaluating
-from ssepa_lib.pseudo_labels import single_threshold_labels
+from ssepa_lib.model.network import evaluating
+from ssepa_lib.labels.pseudo_labels import single_threshold_labels
 from ssepa_lib.recipe import CamConfig, Recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.transforms import eval_batches
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.data.views import eval_batches
 
 THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 MAPS = ("cam", "aux_cam", "refined_cam")

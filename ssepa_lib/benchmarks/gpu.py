@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssepa_lib import bench
-from ssepa_lib.affinity import PatchAffinity
-from ssepa_lib.bench import Row, Setup
-from ssepa_lib.bilateral import bilateral_filter
-from ssepa_lib.datasets import VOC_CLASSES, build_dataset
+from ssepa_lib.benchmarks import bench
+from ssepa_lib.model.affinity import PatchAffinity
+from ssepa_lib.benchmarks.bench import Row, Setup
+from ssepa_lib.methods.bilateral import bilateral_filter
+from ssepa_lib.data.datasets import VOC_CLASSES, build_dataset
 from ssepa_lib.errors import UserError
-from ssepa_lib.losses import SIGMA_RGB, SIGMA_XY
-from ssepa_lib.network import Network, build_network
+from ssepa_lib.methods.losses import SIGMA_RGB, SIGMA_XY
+from ssepa_lib.model.network import Network, build_network
 from ssepa_lib.recipe import Recipe, load_recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.training import Trainer, load_run, train
-from ssepa_lib.transforms import train_loader
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.training.trainer import Trainer, load_run, train
+from ssepa_lib.data.views import train_loader
 
 SHARES = {"checks": 0.08, "par": 0.04, "energy": 0.06, "affinity": 0.14, "step": 0.16, "scaling": 0.12}
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -168,7 +168,7 @@ def _train(recipe: Recipe, folder: Path, setup: Setup, until: float) -> dict:
     seconds = time.perf_counter() - began
     result |= {"seconds": seconds, "steps_per_second": int(result["history"][-1]["step"]) / seconds}
     if result["finished"]:
-        from ssepa_lib.evaluation import evaluate
+        from ssepa_lib.evaluation.evaluate import evaluate
 
         network, recipe = load_run(folder, setup.device.type)
         scores = evaluate(network, recipe, build_dataset(recipe.data, "val"), device=setup.device)
@@ -192,7 +192,7 @@ def _figures(out: Path, rows: list[Row], training: list[dict]) -> list[str]:
     try:
         import pandas as pd
 
-        from ssepa_lib import figures
+        from ssepa_lib.workbook import figures
     except ImportError:
         return []
     figures.use_style()

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.affinity import HAAF, PatchAffinity
-from ssepa_lib.analysis import affinity_map_bytes, attention_statistics, peak_memory, saved_activation_bytes
-from ssepa_lib.backbone import BackboneOutput
-from ssepa_lib.cam import multi_scale_cam
-from ssepa_lib.datasets import SegmentationDataset, build_dataset
+from ssepa_lib.model.affinity import HAAF, PatchAffinity
+from ssepa_lib.evaluation.analysis import affinity_map_bytes, attention_statistics, peak_memory, saved_activation_bytes
+from ssepa_lib.model.backbone import BackboneOutput
+from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.data.datasets import SegmentationDataset, build_dataset
 from ssepa_lib.device import autocast, describe_device, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import (
+from ssepa_lib.evaluation.evaluate import (
     PRODUCTS,
     ThresholdConfusion,
     cam_view,
@@ -33,13 +33,13 @@ from ssepa_lib.evaluation import (
     strongest,
     write_metrics,
 )
-from ssepa_lib.network import Network, evaluating
-from ssepa_lib.objectives import HaafSupervision, Step
+from ssepa_lib.model.network import Network, evaluating
+from ssepa_lib.methods.objectives import HaafSupervision, Step
 from ssepa_lib.paths import results_root
 from ssepa_lib.recipe import Recipe, load_recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.training import OnStep, is_finished, learning_rate_factor, load_run, train
-from ssepa_lib.transforms import eval_batches, train_loader
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.training.trainer import OnStep, is_finished, learning_rate_factor, load_run, train
+from ssepa_lib.data.views import eval_batches, train_loader
 
 
 def environment(device: torch.device | str) -> str:

@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ssepa_lib.cam import multi_scale_cam
-from ssepa_lib.crf import crf_pool
-from ssepa_lib.datasets import IGNORE, IMAGE_SUFFIXES, SegmentationDataset, read_image, voc_palette
+from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.labels.crf import crf_pool
+from ssepa_lib.data.datasets import IGNORE, IMAGE_SUFFIXES, SegmentationDataset, read_image, voc_palette
 from ssepa_lib.device import autocast
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import INFERENCE, background_and_cam, cam_view, merge_scales, require_known, scale_logits
-from ssepa_lib.network import evaluating
-from ssepa_lib.pseudo_labels import single_threshold_labels
+from ssepa_lib.evaluation.evaluate import INFERENCE, background_and_cam, cam_view, merge_scales, require_known, scale_logits
+from ssepa_lib.model.network import evaluating
+from ssepa_lib.labels.pseudo_labels import single_threshold_labels
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.transforms import eval_batches
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.data.views import eval_batches
 
 SUBMISSION_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 Progress = Callable[[int, int], None]

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root
-from ssepa_lib.progress import PROGRESS, Display, clock
+from ssepa_lib.workbook.progress import PROGRESS, Display, clock
 
 PLACES = ("VOC_ROOT", "COCO_ROOT", "FOLDER_ROOT", "SSEPA_WEIGHTS")  # made absolute: kernels run in another folder
 
@@ -226,9 +226,9 @@ def run_workbook(
     Raises:
         UserError: unknown preset, notebook or parameter, wrong type, broken notebook file, missing data.
     """
-    from ssepa_lib.datasets import build_dataset
+    from ssepa_lib.data.datasets import build_dataset
     from ssepa_lib.recipe import load_recipe
-    from ssepa_lib.report import headline, write_report
+    from ssepa_lib.workbook.report import headline, write_report
 
     presets = sorted(path.stem for path in (RECIPES / "data").glob("*.yaml"))
     if preset not in presets:

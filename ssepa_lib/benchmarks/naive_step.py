@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ssepa_lib.cam import normalise_cam, valid_cam
-from ssepa_lib.losses import dense_energy, segmentation_loss
-from ssepa_lib.network import Network, NetworkOutput, evaluating
-from ssepa_lib.objectives import Segmentation, Step
-from ssepa_lib.pseudo_labels import IGNORE, inside
+from ssepa_lib.labels.cam import normalise_cam, valid_cam
+from ssepa_lib.methods.losses import dense_energy, segmentation_loss
+from ssepa_lib.model.network import Network, NetworkOutput, evaluating
+from ssepa_lib.methods.objectives import Segmentation, Step
+from ssepa_lib.labels.pseudo_labels import IGNORE, inside
 from ssepa_lib.recipe import CamConfig, Recipe
-from ssepa_lib.refinement import RING
-from ssepa_lib.training import Trainer
-from ssepa_lib.transforms import Batch
+from ssepa_lib.labels.par import RING
+from ssepa_lib.training.trainer import Trainer
+from ssepa_lib.data.views import Batch
 
 
 class MaterialisedAttention(TorchFunctionMode):

@@ -24,23 +24,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssepa_lib import reference
-from ssepa_lib.analysis import affinity_map_bytes, analytic_activation_bytes, peak_memory, saved_activation_bytes
-from ssepa_lib.cam import multi_scale_cam, refine
-from ssepa_lib.crf import crf_available, crf_pool
-from ssepa_lib.datasets import IGNORE, VOC_CLASSES, SegmentationDataset, ShapesDataset, VocDataset, classes_in
+from ssepa_lib.benchmarks import naive_step as reference
+from ssepa_lib.evaluation.analysis import affinity_map_bytes, analytic_activation_bytes, peak_memory, saved_activation_bytes
+from ssepa_lib.labels.cam import multi_scale_cam, refine
+from ssepa_lib.labels.crf import crf_available, crf_pool
+from ssepa_lib.data.datasets import IGNORE, VOC_CLASSES, SegmentationDataset, ShapesDataset, VocDataset, classes_in
 from ssepa_lib.device import describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.losses import dense_energy
-from ssepa_lib.network import Network
-from ssepa_lib.objectives import total_loss
+from ssepa_lib.methods.losses import dense_energy
+from ssepa_lib.model.network import Network
+from ssepa_lib.methods.objectives import total_loss
 from ssepa_lib.paths import results_root, voc_root
-from ssepa_lib.pseudo_labels import two_threshold_labels
+from ssepa_lib.labels.pseudo_labels import two_threshold_labels
 from ssepa_lib.recipe import Recipe, load_recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.shapes import render_scene
-from ssepa_lib.training import Trainer
-from ssepa_lib.transforms import Batch, train_loader
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.data.shapes import render_scene
+from ssepa_lib.training.trainer import Trainer
+from ssepa_lib.data.views import Batch, train_loader
 
 BACKBONES = {True: "vit_base_patch16_224.orig_in21k_ft_in1k", False: "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
 # rows of the suite affinity: method and strategy

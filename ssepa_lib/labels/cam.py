@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.network import Network, NetworkOutput
+from ssepa_lib.model.network import Network, NetworkOutput
 from ssepa_lib.recipe import CamConfig
 
 

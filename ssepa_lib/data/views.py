@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ssepa_lib.datasets import SegmentationDataset
+from ssepa_lib.data.datasets import SegmentationDataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import Recipe
 

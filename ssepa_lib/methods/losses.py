@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.bilateral import bilateral_filter
+from ssepa_lib.methods.bilateral import bilateral_filter
 from ssepa_lib.device import over_processes, rank_and_world
-from ssepa_lib.pseudo_labels import IGNORE, inside
+from ssepa_lib.labels.pseudo_labels import IGNORE, inside
 
 ENERGY_WEIGHT, SIGMA_XY, SIGMA_RGB = 1e-7, 50.0, 15.0  # at half image size; colours in 0..255
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import INFERENCE, describe_inference, product_names, read_metrics
+from ssepa_lib.evaluation.evaluate import INFERENCE, describe_inference, product_names, read_metrics
 
 METHODS = {
     "toco": "ToCo",

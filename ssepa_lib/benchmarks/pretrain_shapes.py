@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssepa_lib.backbone import Backbone
+from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.device import autocast, resolve_device
 from ssepa_lib.recipe import load_recipe
-from ssepa_lib.shapes import SHAPE_CLASSES, render_object
-from ssepa_lib.training import atomic
+from ssepa_lib.data.shapes import SHAPE_CLASSES, render_object
+from ssepa_lib.training.trainer import atomic
 
 _CELLS = 2  # colours are painted per half patch side: mean colours, not pixel noise
 _LEARNING_RATE = 1.5e-3

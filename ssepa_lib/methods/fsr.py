@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ssepa_lib.cam import normalise_cam
+from ssepa_lib.labels.cam import normalise_cam
 from ssepa_lib.device import over_processes, own_share
-from ssepa_lib.network import Network, NetworkOutput, ProjectionHead
+from ssepa_lib.model.network import Network, NetworkOutput, ProjectionHead
 from ssepa_lib.recipe import Recipe, ReinforceConfig
 
 

@@ -19,14 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssepa_lib.datasets import build_dataset
+from ssepa_lib.data.datasets import build_dataset
 from ssepa_lib.device import precision, rank_and_world, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.network import Network, build_network, optimiser_groups
-from ssepa_lib.objectives import Step, build_objectives, total_loss
+from ssepa_lib.model.network import Network, build_network, optimiser_groups
+from ssepa_lib.methods.objectives import Step, build_objectives, total_loss
 from ssepa_lib.recipe import Recipe, load_recipe, save_recipe
-from ssepa_lib.refinement import PixelAdaptiveRefinement
-from ssepa_lib.transforms import Batch, train_loader
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.data.views import Batch, train_loader
 
 OnStep = Callable[[dict[str, Any]], None]
 

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from ssepa_lib import paths
-from ssepa_lib.datasets import COCO_CLASSES, VOC_CLASSES, read_label_table, voc_palette
+from ssepa_lib.data.datasets import COCO_CLASSES, VOC_CLASSES, read_label_table, voc_palette
 from ssepa_lib.errors import UserError
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None: unknown)
