@@ -27,7 +27,9 @@ def _value(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except Exception as error:  # of the reader's several libraries
-        raise UserError(f"'{key}={text}' is not readable as YAML; write for example eval.scales=[1.0,1.5].") from error
+        raise UserError(
+            f"'{key}={text}' is not readable as YAML; write for example eval.scales=[1.0,1.5]."
+        ) from error
 
 
 def _counter(what: str, unit: str = "image"):
@@ -64,7 +66,9 @@ def train(args: argparse.Namespace) -> int:
     from ssepa_lib.recipe import load_recipe
     from ssepa_lib.training.trainer import train as run
 
-    recipe = load_recipe(args.recipe, _pairs(args.set) | ({"train.seed": args.seed} if args.seed is not None else {}))
+    recipe = load_recipe(
+        args.recipe, _pairs(args.set) | ({"train.seed": args.seed} if args.seed is not None else {})
+    )
     preset, *method = (
         Path(args.recipe).stem.split("/") if args.recipe.endswith(("yaml", "yml")) else args.recipe.split("/")
     )
@@ -83,8 +87,14 @@ def evaluate(args: argparse.Namespace) -> int:
     from ssepa_lib.evaluation.evaluate import describe_setting
     from ssepa_lib.workbook.study import evaluate_run
 
-    result = evaluate_run(args.run, args.split, images=args.images, device=args.device, inference=_inference(args),
-                          progress=_counter(args.split))  # fmt: skip
+    result = evaluate_run(
+        args.run,
+        args.split,
+        images=args.images,
+        device=args.device,
+        inference=_inference(args),
+        progress=_counter(args.split),
+    )
     for product, value in result["miou"].items():
         if value is not None:
             print(f"{product:22} {value:6.2f}  {describe_setting(result['setting'], product)}")
@@ -98,21 +108,39 @@ def predict(args: argparse.Namespace) -> int:
 
     network, recipe = load_run(args.run, args.device)
     device = next(network.parameters()).device
-    print(predict_folder(network, recipe, args.images, args.out, device=device, inference=args.inference,
-                         progress=_counter("predict")))  # fmt: skip
+    print(
+        predict_folder(
+            network,
+            recipe,
+            args.images,
+            args.out,
+            device=device,
+            inference=args.inference,
+            progress=_counter("predict"),
+        )
+    )
     return 0
 
 
 def pseudo_labels(args: argparse.Namespace) -> int:
     """Write a split's pseudo-labels as palette PNGs."""
     from ssepa_lib.evaluation.export import export_pseudo_labels
-    from ssepa_lib.workbook.study import split_of
     from ssepa_lib.training.trainer import load_run
+    from ssepa_lib.workbook.study import split_of
 
     network, recipe = load_run(args.run, args.device)
     device = next(network.parameters()).device
-    print(export_pseudo_labels(network, recipe, split_of(recipe, args.split), args.out, device=device,
-                               inference=args.inference, progress=_counter("pseudo-labels")))  # fmt: skip
+    print(
+        export_pseudo_labels(
+            network,
+            recipe,
+            split_of(recipe, args.split),
+            args.out,
+            device=device,
+            inference=args.inference,
+            progress=_counter("pseudo-labels"),
+        )
+    )
     return 0
 
 
@@ -134,8 +162,17 @@ def submission(args: argparse.Namespace) -> int:
         )
         print(f"{args.out}: {number} masks, valid for the VOC server.")
         return 0
-    print(export_submission(network, recipe, dataset, args.out, device=next(network.parameters()).device,
-                            inference=args.inference, progress=_counter("submission")))  # fmt: skip
+    print(
+        export_submission(
+            network,
+            recipe,
+            dataset,
+            args.out,
+            device=next(network.parameters()).device,
+            inference=args.inference,
+            progress=_counter("submission"),
+        )
+    )
     return 0
 
 
@@ -188,8 +225,8 @@ def pretrain(args: argparse.Namespace) -> int:
 
 def tables(args: argparse.Namespace) -> int:
     """Print the paper's tables beside the runs of a preset."""
-    from ssepa_lib.workbook import tables as t
     from ssepa_lib.paths import results_root
+    from ssepa_lib.workbook import tables as t
 
     runs = t.collect_runs(results_root() / args.preset)
     for number in args.number or (1, 2, 3, 5):
@@ -201,28 +238,44 @@ def study(args: argparse.Namespace) -> int:
     """Train and score methods over seeds; writes `tables/study.csv` and `.md` below the preset."""
     import pandas as pd
 
-    from ssepa_lib.workbook import tables as t
     from ssepa_lib.evaluation.evaluate import INFERENCE, PRODUCTS, describe_settings, product_names
+    from ssepa_lib.workbook import tables as t
     from ssepa_lib.workbook.study import preset_folder, run_study
 
     options: dict[str, Any] = {"inference": _inference(args)}
-    runs = run_study(args.preset, args.methods, args.seeds, splits={split: options for split in args.splits},
-                     steps=args.steps, device=args.device, run_name=args.run_name, arms={"": _pairs(args.set)},
-                     progress=lambda label: print(label, flush=True) or _line_per_row)  # fmt: skip
+    runs = run_study(
+        args.preset,
+        args.methods,
+        args.seeds,
+        splits={split: options for split in args.splits},
+        steps=args.steps,
+        device=args.device,
+        run_name=args.run_name,
+        arms={"": _pairs(args.set)},
+        progress=lambda label: print(label, flush=True) or _line_per_row,
+    )
     products = [n for n in product_names(PRODUCTS, tuple(INFERENCE)) if n in runs and runs[n].notna().any()]
     folder, text = preset_folder(args.preset) / "tables", []
     for split, of_split in runs.groupby("split", sort=False):
-        mean, paired = t.summary(of_split, ["method"], products), t.paired_differences(
-            of_split, "method", args.methods[0], products)  # fmt: skip
-        for title, table in ((f"{split}: mIoU, %", mean), (f"{split}: difference from {args.methods[0]}", paired)):
+        mean, paired = (
+            t.summary(of_split, ["method"], products),
+            t.paired_differences(of_split, "method", args.methods[0], products),
+        )
+        for title, table in (
+            (f"{split}: mIoU, %", mean),
+            (f"{split}: difference from {args.methods[0]}", paired),
+        ):
             cells = {
-                p: [t.plus_minus(m, s, 2) for m, s in zip(table[p], table[f"{p}_sd"], strict=True)] for p in products
+                p: [t.plus_minus(m, s, 2) for m, s in zip(table[p], table[f"{p}_sd"], strict=True)]
+                for p in products
             }
             text.append(
                 f"## {title}\n\n{t.to_markdown(pd.DataFrame({'method': table.method, 'seeds': table.seeds, **cells}))}"
             )
         lines = describe_settings(of_split["settings"].tolist(), products)
-        text.append("\n".join([f"Setting (mean ± sd over seeds {args.seeds}):\n", *(f"- {line}" for line in lines)]))
+        text.append(
+            "\n".join([f"Setting (mean ± sd over seeds {args.seeds}):\n", *(f"- {line}" for line in lines)])
+        )
     name = "-".join(filter(None, ("study", args.run_name)))
     runs.drop(columns="settings").to_csv(folder / f"{name}.csv", index=False)
     (folder / f"{name}.md").write_text("\n\n".join(text) + "\n")
@@ -232,11 +285,11 @@ def study(args: argparse.Namespace) -> int:
 
 def haaf(args: argparse.Namespace) -> int:
     """Train HAAF alone on a finished run with every supervision, and compare with every layer alone."""
+    from ssepa_lib.recipe import SUPERVISIONS
+    from ssepa_lib.training.trainer import load_run
     from ssepa_lib.workbook import figures
     from ssepa_lib.workbook import tables as t
-    from ssepa_lib.recipe import SUPERVISIONS
     from ssepa_lib.workbook.study import compare_supervisions, measured_split
-    from ssepa_lib.training.trainer import load_run
 
     network, recipe = load_run(args.run, args.device)
     settings = {"source": args.source, "descriptor": args.descriptor, "steps": args.propagate}
@@ -269,8 +322,10 @@ def gpu(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ssepa_lib", description=(
-        "Weakly supervised semantic segmentation from image labels: ToCo, SS-EPA and FSR."))  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m ssepa_lib",
+        description=("Weakly supervised semantic segmentation from image labels: ToCo, SS-EPA and FSR."),
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(function, text: str, name: str | None = None) -> argparse.ArgumentParser:
@@ -286,12 +341,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--crf", action="store_true", help="also the dense CRF after that")
 
     def run(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("run", type=Path, metavar="RUN", help="run folder, for example results/voc/ssepa-seed0")
+        sub.add_argument(
+            "run", type=Path, metavar="RUN", help="run folder, for example results/voc/ssepa-seed0"
+        )
         device(sub)
 
     sub = add(workbook, "run the notebooks headlessly and write the report")
-    sub.add_argument("--preset", default="shapes", help="data recipe: shapes, voc_mini, voc, … (default shapes)")
-    sub.add_argument("--only", action="append", default=[], metavar="NN", help="only this notebook (repeatable)")
+    sub.add_argument(
+        "--preset", default="shapes", help="data recipe: shapes, voc_mini, voc, … (default shapes)"
+    )
+    sub.add_argument(
+        "--only", action="append", default=[], metavar="NN", help="only this notebook (repeatable)"
+    )
     sub.add_argument("--from", dest="start", metavar="NN", help="start with this notebook")
     sub.add_argument(
         "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="override (repeatable)"
@@ -301,7 +362,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", help="data/method[/backbone] or a YAML file; `recipe` lists what there is")
     sub.add_argument("--run", metavar="NAME", help="name of the run folder (default METHOD-seedN)")
     sub.add_argument("--seed", type=int)
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=500")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=500"
+    )
     sub.add_argument("--restart", action="store_true", help="throw away what the run folder holds")
 
     sub = add(evaluate, "score a trained run: CAM, auxiliary CAM, refined CAM, pseudo-labels, segmentation")
@@ -320,8 +383,14 @@ def _parser() -> argparse.ArgumentParser:
     run(sub)
     sub.add_argument("--split", default="train")
     sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    sub.add_argument("--inference", default="ms", choices=("raw", "ms", "crf"), help=(
-        "scale 1, several scales with mirror, or those with the dense CRF instead of pixel-adaptive refinement"))
+    sub.add_argument(
+        "--inference",
+        default="ms",
+        choices=("raw", "ms", "crf"),
+        help=(
+            "scale 1, several scales with mirror, or those with the dense CRF instead of pixel-adaptive refinement"
+        ),
+    )
 
     sub = add(submission, "make or check the archive for the VOC evaluation server")
     sub.add_argument("out", type=Path, metavar="ARCHIVE.tgz")
@@ -340,7 +409,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", nargs="?", help="data/method[/backbone]")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 
-    sub = add(study, "train and score several methods with the same seeds; mean, spread and paired differences")
+    sub = add(
+        study, "train and score several methods with the same seeds; mean, spread and paired differences"
+    )
     sub.add_argument("preset", help="data recipe")
     sub.add_argument("methods", nargs="+", metavar="METHOD", help="the first is the base of the differences")
     sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
@@ -351,31 +422,47 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for every run")
     device(sub)
 
-    sub = add(haaf, "train HAAF alone on a finished run, once per supervision; compare with every layer alone")
+    sub = add(
+        haaf, "train HAAF alone on a finished run, once per supervision; compare with every layer alone"
+    )
     run(sub)
     sub.add_argument("--steps", type=int, default=350, help="updates of HAAF (default 350)")
     sub.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT")
     sub.add_argument("--source", default="softmax", choices=("softmax", "logits"))
     sub.add_argument("--descriptor", default="patch", choices=("patch", "full"))
     sub.add_argument("--propagate", type=int, default=1, metavar="N", help="propagation steps (default 1)")
-    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for haaf.csv and haaf.png; default: the run folder")
+    sub.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for haaf.csv and haaf.png; default: the run folder"
+    )
 
     sub = add(tables, "print the paper's tables with this workbook's runs beside them")
     sub.add_argument("--preset", default="voc")
-    sub.add_argument("number", type=int, nargs="*", choices=(1, 2, 3, 5), metavar="N", help="1, 2, 3 or 5; default all")
+    sub.add_argument(
+        "number", type=int, nargs="*", choices=(1, 2, 3, 5), metavar="N", help="1, 2, 3 or 5; default all"
+    )
 
     sub = add(bench, "measure speed and memory; every row is a ratio within one run")
-    sub.add_argument("suite", nargs="*", help="affinity, step, par, energy, loader, crf, scaling; default all")
+    sub.add_argument(
+        "suite", nargs="*", help="affinity, step, par, energy, loader, crf, scaling; default all"
+    )
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="default results/bench")
     size = sub.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
-    size.add_argument("--full", action="store_true", help="ViT-B at 448² also on a processor (minutes per row)")
+    size.add_argument(
+        "--full", action="store_true", help="ViT-B at 448² also on a processor (minutes per row)"
+    )
     device(sub)
 
-    sub = add(gpu, "check, measure and train on a GPU within a few minutes; writes one JSON, a table and figures")
+    sub = add(
+        gpu, "check, measure and train on a GPU within a few minutes; writes one JSON, a table and figures"
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    sub.add_argument("--data", type=Path, metavar="VOC_ROOT", help="VOC 2012 folder (default: built-in scenes)")
-    sub.add_argument("--weights", type=Path, metavar="FOLDER", help="folder with ViT-Tiny weights (default: random)")
+    sub.add_argument(
+        "--data", type=Path, metavar="VOC_ROOT", help="VOC 2012 folder (default: built-in scenes)"
+    )
+    sub.add_argument(
+        "--weights", type=Path, metavar="FOLDER", help="folder with ViT-Tiny weights (default: random)"
+    )
     sub.add_argument("--minutes", type=float, default=9.0)
     sub.add_argument("--dry-run", action="store_true", help="the whole path with toy sizes on the processor")
 

@@ -19,7 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import RECIPES, folder_root
 
-SUPERVISIONS = ("none", "cls", "affinity", "energy", "decoder", "equivariance", "pooling", "ncut")  # what trains HAAF
+SUPERVISIONS = (
+    "none",
+    "cls",
+    "affinity",
+    "energy",
+    "decoder",
+    "equivariance",
+    "pooling",
+    "ncut",
+)  # what trains HAAF
 
 
 def _choice(section: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -37,11 +46,15 @@ def _fraction(name: str, value: float) -> None:
 
 
 def _positive(name: str, values: list) -> None:
-    _require(bool(values) and all(v > 0 for v in values), f"{name} must hold one or more values, all above 0.")
+    _require(
+        bool(values) and all(v > 0 for v in values), f"{name} must hold one or more values, all above 0."
+    )
 
 
 def _low_high(name: str, values: list[float]) -> None:
-    _require(len(values) == 2 and 0 <= values[0] <= values[1], f"{name} must be [low, high], low not below 0.")
+    _require(
+        len(values) == 2 and 0 <= values[0] <= values[1], f"{name} must be [low, high], low not below 0."
+    )
 
 
 @dataclass
@@ -67,8 +80,13 @@ class DataConfig:
         _choice("data", "views", self.views, ("toco", "fsr"))
         _require(self.crop > 0 and self.batch > 0, "data.crop and data.batch must be positive.")
         _require(self.workers >= 0, "data.workers must be 0 or more.")
-        _require(min(self.train_images, self.val_images) >= 0, "data.train_images and val_images must be 0 or more.")
-        _require(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale must be [low, high].")
+        _require(
+            min(self.train_images, self.val_images) >= 0,
+            "data.train_images and val_images must be 0 or more.",
+        )
+        _require(
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale must be [low, high]."
+        )
         if self.name == "folder":
             self.root = self.root or folder_root()  # kept in the recipe, because it says which data set it is
 
@@ -79,14 +97,18 @@ class ModelConfig:
 
     backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"  # timm name, always with its tag
     backbone_args: dict[str, Any] = field(default_factory=dict)  # passed to timm (depth, patch_size, …)
-    weights: str = ""  # a .safetensors file; "none": random; empty: data/weights/<backbone>.safetensors, else timm's
+    weights: str = (
+        ""  # a .safetensors file; "none": random; empty: data/weights/<backbone>.safetensors, else timm's
+    )
     mean: list[float] = field(default_factory=list)  # per channel, 0..1; empty: the checkpoint's own
     std: list[float] = field(default_factory=list)
     aux_block: int = -3  # block whose raw output feeds the auxiliary classifier
     train_pos_embed: bool = False  # ToCo freezes the position embedding, FSR trains it
     drop_path: float = 0.0
     aggregator: str = "class_token"  # where the class token comes from: class_token, mca, gap or gmp
-    keep_class_token: bool = False  # with another aggregator: leave the checkpoint's token in the blocks (FSR: not)
+    keep_class_token: bool = (
+        False  # with another aggregator: leave the checkpoint's token in the blocks (FSR: not)
+    )
 
     def __post_init__(self) -> None:
         _choice("model", "aggregator", self.aggregator, ("class_token", "mca", "gap", "gmp"))
@@ -105,7 +127,9 @@ class AffinityConfig:
     supervision_weight: float = 0.1
     haaf_lr: float = 5e-3  # learning rate of HAAF's MLP
     steps: int = 1  # propagation steps
-    per_scale: bool = True  # refine the map of every scale; False: their sum, with the affinity of the image itself
+    per_scale: bool = (
+        True  # refine the map of every scale; False: their sum, with the affinity of the image itself
+    )
     auxiliary: bool = False  # refine the auxiliary CAM too
 
     def __post_init__(self) -> None:
@@ -115,8 +139,10 @@ class AffinityConfig:
         _choice("affinity", "descriptor", self.descriptor, ("full", "patch"))
         _choice("affinity", "supervision", self.supervision, SUPERVISIONS)
         _require(self.steps >= 1, "affinity.steps must be 1 or more.")
-        _require(self.supervision == "none" or self.kind == "haaf",
-                 f"affinity.supervision '{self.supervision}' needs affinity.kind haaf: only haaf learns.")  # fmt: skip
+        _require(
+            self.supervision == "none" or self.kind == "haaf",
+            f"affinity.supervision '{self.supervision}' needs affinity.kind haaf: only haaf learns.",
+        )
 
 
 @dataclass
@@ -172,7 +198,10 @@ class ContrastConfig:
 
     def __post_init__(self) -> None:
         _low_high("contrast.global_scale", self.global_scale)
-        _require(min(self.local_crops, self.local_size) >= 1, "contrast.local_crops and local_size must be 1 or more.")
+        _require(
+            min(self.local_crops, self.local_size) >= 1,
+            "contrast.local_crops and local_size must be 1 or more.",
+        )
         _fraction("contrast.momentum", self.momentum)
 
 
@@ -182,11 +211,15 @@ class ReinforceConfig:
 
     view_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # share of the image in a view
     augmentation: str = "none"  # extra augmentation of the views: none, blur, solarise or autoaugment
-    selection: str = "loose"  # masked blocks: random, edge, strict (uncertain only) or loose (uncertain first)
+    selection: str = (
+        "loose"  # masked blocks: random, edge, strict (uncertain only) or loose (uncertain first)
+    )
     mask_ratio: float = 0.4
     mask_block: int = 4  # side of a masked block, patches
     random_until: float = 0.2  # fraction of all steps with random blocks
-    uncertain: list[float] = field(default_factory=lambda: [0.2, 0.7])  # auxiliary CAM values called uncertain
+    uncertain: list[float] = field(
+        default_factory=lambda: [0.2, 0.7]
+    )  # auxiliary CAM values called uncertain
     student_temperature: float = 0.1
     teacher_temperature: list[float] = field(default_factory=lambda: [0.04, 0.07])
     teacher_warmup: float = 0.125  # fraction of all steps over which the teacher temperature rises
@@ -241,7 +274,10 @@ class TrainConfig:
         _choice("train", "device", self.device, ("auto", "cpu", "cuda"))
         _choice("train", "precision", self.precision, ("auto", "fp32", "bf16"))
         _require(self.steps >= 1, "train.steps must be 1 or more.")
-        _require(min(self.log_every, self.save_every) >= 1, "train.log_every and train.save_every must be 1 or more.")
+        _require(
+            min(self.log_every, self.save_every) >= 1,
+            "train.log_every and train.save_every must be 1 or more.",
+        )
 
 
 @dataclass
@@ -337,7 +373,9 @@ def _read(path: Path) -> DictConfig:
         reason = " ".join(str(error).split())
         raise UserError(f"recipe file {path} cannot be read ({reason}); correct it, in UTF-8.") from error
     if not isinstance(content, DictConfig):
-        raise UserError(f"recipe file {path} holds a list; write sections with settings, like `train: {{steps: 5}}`.")
+        raise UserError(
+            f"recipe file {path} holds a list; write sections with settings, like `train: {{steps: 5}}`."
+        )
     return content
 
 

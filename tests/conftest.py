@@ -12,12 +12,26 @@ TINY = {
     "model.backbone": "vit_tiny_patch16_224",
     "model.backbone_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
     "model.weights": "none",
-    "data.crop": 32, "data.eval_size": 32, "data.batch": 2, "data.train_images": 8, "data.val_images": 4,
-    "data.workers": 0, "cam.par_dilations": [1, 2],
-    "contrast.local_size": 16, "contrast.local_crops": 3, "contrast.hidden": 16, "contrast.bottleneck": 8,
-    "contrast.outputs": 12, "reinforce.outputs": 12, "reinforce.mask_block": 2,
-    "train.steps": 6, "train.log_every": 1, "train.save_every": 2, "train.precision": "fp32", "train.device": "cpu",
-}  # fmt: skip
+    "data.crop": 32,
+    "data.eval_size": 32,
+    "data.batch": 2,
+    "data.train_images": 8,
+    "data.val_images": 4,
+    "data.workers": 0,
+    "cam.par_dilations": [1, 2],
+    "contrast.local_size": 16,
+    "contrast.local_crops": 3,
+    "contrast.hidden": 16,
+    "contrast.bottleneck": 8,
+    "contrast.outputs": 12,
+    "reinforce.outputs": 12,
+    "reinforce.mask_block": 2,
+    "train.steps": 6,
+    "train.log_every": 1,
+    "train.save_every": 2,
+    "train.precision": "fp32",
+    "train.device": "cpu",
+}
 
 
 @pytest.fixture
@@ -47,7 +61,9 @@ def voc_root() -> Path:
 @pytest.fixture(scope="session")
 def vit_tiny_weights() -> Path:
     """ImageNet weights in the folder named by SSEPA_WEIGHTS."""
-    path = Path(os.environ.get("SSEPA_WEIGHTS") or ".", "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors")
+    path = Path(
+        os.environ.get("SSEPA_WEIGHTS") or ".", "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    )
     if not path.is_file():
         pytest.skip("SSEPA_WEIGHTS holds no ViT-Tiny weights")
     return path

@@ -52,8 +52,10 @@ def test_every_strategy_equals_the_definition(attention, haaf, source, strategy,
 @pytest.mark.parametrize("source", ["softmax", "logits"])
 @pytest.mark.parametrize("pooling", ["full", "patch"])
 def test_descriptor_is_the_mean_of_the_map(attention, source, pooling):
-    fused, dense = (PatchAffinity(*attention, P, source=source, strategy=s, descriptor=pooling)
-                    for s in ("haaf_fused", "haaf_dense"))  # fmt: skip
+    fused, dense = (
+        PatchAffinity(*attention, P, source=source, strategy=s, descriptor=pooling)
+        for s in ("haaf_fused", "haaf_dense")
+    )
     first = P if pooling == "patch" else 0
     for layer in range(K):
         by_hand = fused.layer_map(layer).mean(1)[:, first:, first:].mean((1, 2))

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from ssepa_lib.model.affinity import PatchAffinity
+from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.analysis import (
     affinity_map_bytes,
     analytic_activation_bytes,
@@ -23,8 +23,8 @@ from ssepa_lib.evaluation.analysis import (
     peak_memory,
     saved_activation_bytes,
 )
+from ssepa_lib.model.affinity import PatchAffinity
 from ssepa_lib.model.backbone import Backbone
-from ssepa_lib.errors import UserError
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import load_recipe
 
@@ -38,7 +38,9 @@ def network(aggregator="class_token", **model):
 
 
 def images(number=3, size=(32, 24), seed=0):
-    return torch.randint(0, 256, (number, 3, *size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (number, 3, *size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def test_entropy_of_uniform_and_one_hot_attention():
@@ -53,9 +55,13 @@ def test_distances_are_pixels_between_patch_centres():
 
 
 def test_map_statistics_by_hand():
-    attention = torch.tensor([[[1.0, 0.0, 0.0], [0.5, 0.25, 0.25], [0.2, 0.8, 0.0]]])  # class token and two patches
+    attention = torch.tensor(
+        [[[1.0, 0.0, 0.0], [0.5, 0.25, 0.25], [0.2, 0.8, 0.0]]]
+    )  # class token and two patches
     entropy = (0 + (0.5 * math.log(2) + 0.5 * math.log(4)) - 0.2 * math.log(0.2) - 0.8 * math.log(0.8)) / 3
-    distance = (0.5 * 16 + 1.0 * 16) / 2  # patch 0 gives half of its attention among patches to patch 1, patch 1 all
+    distance = (
+        0.5 * 16 + 1.0 * 16
+    ) / 2  # patch 0 gives half of its attention among patches to patch 1, patch 1 all
     statistics = map_statistics(attention, patch_distances((1, 2), (16, 16)), prefix=1)
     assert statistics[0].tolist() == pytest.approx([entropy, distance, 0.35])
     assert map_statistics(attention[:, 1:, 1:], patch_distances((1, 2), (16, 16)), prefix=0)[0, 2].isnan()
@@ -109,8 +115,15 @@ def test_deep_layers_are_those_of_the_paper():
 
 
 def test_deep_summary_by_hand():
-    table = pd.DataFrame({"layer": [0, 0, 1, 1, 2, 2], "head": [0, 1] * 3, "entropy": [9.0, 9.0, 9.0, 9.0, 1.0, 3.0],
-                          "distance": 5.0, "class_mass": 0.25})  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "layer": [0, 0, 1, 1, 2, 2],
+            "head": [0, 1] * 3,
+            "entropy": [9.0, 9.0, 9.0, 9.0, 1.0, 3.0],
+            "distance": 5.0,
+            "class_mass": 0.25,
+        }
+    )
     summary = deep_summary(table)
     assert summary["first_layer"] == summary["last_layer"] == 2
     assert (summary["entropy"], summary["entropy_spread"], summary["distance"]) == (2.0, 1.0, 5.0)
@@ -174,7 +187,9 @@ def test_formula_holds_under_autocast_and_with_plain_attention(monkeypatch):
             return backbone(image)
 
     terms = analytic_activation_bytes(2, 17, 24, 3, 2, pixels=3 * 32 * 32, value=2)
-    in_float32 = 3 * (3 * 2 + 4) * 2 * 17 * 24  # three layers: queries, keys, values; the output beside its bf16 copy
+    in_float32 = (
+        3 * (3 * 2 + 4) * 2 * 17 * 24
+    )  # three layers: queries, keys, values; the output beside its bf16 copy
     assert saved_activation_bytes(autocast, backbone) == sum(terms.values()) + in_float32
     monkeypatch.setattr("ssepa_lib.model.backbone.SHORT", 0)
     assert saved_activation_bytes(autocast, backbone) == sum(terms.values())

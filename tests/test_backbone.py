@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.analysis import saved_activation_bytes
 from ssepa_lib.model.backbone import Backbone
-from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import ModelConfig
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -42,9 +42,13 @@ def test_rectangles_and_odd_sizes(height, width, grid):
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("vit_small_patch14_reg4_dinov2.lvd142m", 5), ("deit_small_patch16_224.fb_in1k", 1),
-     ("eva02_tiny_patch14_224.mim_in22k", 1), ("vit_small_patch16_dinov3.lvd1689m", 5)],
-)  # fmt: skip
+    [
+        ("vit_small_patch14_reg4_dinov2.lvd142m", 5),
+        ("deit_small_patch16_224.fb_in1k", 1),
+        ("eva02_tiny_patch14_224.mim_in22k", 1),
+        ("vit_small_patch16_dinov3.lvd1689m", 5),
+    ],
+)
 def test_other_vision_transformers(name, prefix):
     backbone = Backbone(ModelConfig(backbone=name, weights="none")).eval()
     with torch.no_grad():
@@ -94,7 +98,9 @@ def test_checkpointing_changes_no_gradient(capture):
         out = backbone(image, capture=capture)
         out.patches.square().sum().backward()
         grads.append(backbone.vit.blocks[0].attn.qkv.weight.grad)
-        assert len(out.queries) == len(out.keys) == capture * backbone.depth, "not recorded again when recomputed"
+        assert len(out.queries) == len(out.keys) == capture * backbone.depth, (
+            "not recorded again when recomputed"
+        )
         kept.append(saved_activation_bytes(partial(backbone, image, capture=capture), backbone))
     torch.testing.assert_close(*grads)
     assert 2 * kept[1] < kept[0], "blocks are recomputed, with affinity too"

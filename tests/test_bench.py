@@ -6,15 +6,15 @@ import torch
 
 from ssepa_lib.benchmarks import bench
 from ssepa_lib.benchmarks import naive_step as reference
-from ssepa_lib.labels.cam import multi_scale_cam
 from ssepa_lib.cli import main
+from ssepa_lib.data.views import Batch
 from ssepa_lib.errors import UserError
+from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.labels.pseudo_labels import two_threshold_labels
 from ssepa_lib.methods.losses import dense_energy
 from ssepa_lib.model.network import build_network
-from ssepa_lib.labels.pseudo_labels import two_threshold_labels
-from ssepa_lib.labels.par import PixelAdaptiveRefinement
 from ssepa_lib.training.trainer import Trainer
-from ssepa_lib.data.views import Batch
 
 CLASSES = ("a", "b", "c")
 
@@ -38,7 +38,9 @@ def test_reference_refinement_and_labels_are_the_library_ones(scene, tiny):
     assert not torch.allclose(theirs, scores, atol=0.05)
     cam = torch.rand(3, 3, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     theirs = reference.reference_labels(image, cam, label, box, config)
-    ours = two_threshold_labels(image, cam * label[:, :, None, None], label, box, par, config.high, config.low)
+    ours = two_threshold_labels(
+        image, cam * label[:, :, None, None], label, box, par, config.high, config.low
+    )
     assert (theirs == ours).float().mean() > 0.999 and len(theirs.unique()) > 2
 
 
@@ -50,7 +52,9 @@ def test_reference_cam_is_the_library_one(scene, tiny, auxiliary, per_scale):
     recipe = tiny("ssepa", **settings)
     network = build_network(recipe, CLASSES).eval()
     torch.nn.init.normal_(network.haaf.mlp[2].weight)  # weights that differ from layer to layer
-    for block in network.backbone.vit.blocks:  # peaked attention, so that refined maps differ by more than rounding
+    for (
+        block
+    ) in network.backbone.vit.blocks:  # peaked attention, so that refined maps differ by more than rounding
         block.attn.qkv.weight.data *= 20
     theirs = reference.reference_cam(network, image, label, recipe.cam, affinity=True)
     ours = multi_scale_cam(network, image, label, recipe.cam, affinity=True)
@@ -129,7 +133,12 @@ def test_flops_of_a_matrix_product():
 
 
 def test_suites_write_complete_rows(tmp_path, capsys):
-    assert main(["bench", "par", "energy", "loader", "crf", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            ["bench", "par", "energy", "loader", "crf", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {"device", "torch", "torch_threads", "cores"} <= report["machine"].keys()
     suites = {row["suite"] for row in report["rows"]}

@@ -37,8 +37,12 @@ def test_multi_scale_cam_equals_the_slow_way(tiny):
     with torch.no_grad():
         torch.nn.init.normal_(network.haaf.mlp[2].weight)
         cams = multi_scale_cam(network, image, LABEL, recipe.cam, affinity=True)
-        torch.testing.assert_close(cams.cam, slow(network, image, LABEL, recipe.cam, False), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(cams.refined, slow(network, image, LABEL, recipe.cam, True), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            cams.cam, slow(network, image, LABEL, recipe.cam, False), rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            cams.refined, slow(network, image, LABEL, recipe.cam, True), rtol=1e-3, atol=1e-4
+        )
     assert torch.equal(cams.best, cams.refined) and not torch.equal(cams.best, cams.cam)
 
 
@@ -60,7 +64,9 @@ def test_affinity_of_the_image_itself_on_the_sum_over_scales(tiny, steps):
     network, image = build_network(recipe, CLASSES).eval(), torch.rand(2, 3, 32, 48) * 255
     with torch.no_grad():
         torch.nn.init.normal_(network.haaf.mlp[2].weight)
-        for block in network.backbone.vit.blocks:  # peaked attention: a near-constant map would magnify rounding
+        for (
+            block
+        ) in network.backbone.vit.blocks:  # peaked attention: a near-constant map would magnify rounding
             block.attn.qkv.weight *= 20
         total = 0
         for scale in recipe.cam.scales:
@@ -90,7 +96,10 @@ def test_refining_the_auxiliary_map_is_a_switch(tiny):
 
 def test_maps_lie_in_the_unit_interval_and_absent_classes_are_zero(tiny):
     recipe = tiny()
-    network, image = build_network(recipe, CLASSES).eval(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    network, image = (
+        build_network(recipe, CLASSES).eval(),
+        torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
+    )
     cam = multi_scale_cam(network, image, LABEL, recipe.cam).cam
     assert cam.min() == 0 and 0.99 < cam.max() <= 1
     assert (cam.amax((2, 3)) > 0).equal(LABEL > 0)

@@ -22,13 +22,24 @@ def test_train_evaluate_predict_and_pseudo_labels(run, tmp_path, capsys):
 
     assert main(["evaluate", str(run), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines} == {"cam", "aux_cam", "refined_cam", "pseudo_label", "segmentation"}
+    assert {line.split()[0] for line in lines} == {
+        "cam",
+        "aux_cam",
+        "refined_cam",
+        "pseudo_label",
+        "segmentation",
+    }
     assert all("seed 0" in line for line in lines)
     (tmp_path / "mine").mkdir()
     image, _ = render_scene("test", 0)
     Image.fromarray(image).save(tmp_path / "mine" / "a.png")
     out = tmp_path / "out"
-    assert main(["predict", str(run), "--images", str(tmp_path / "mine"), "--out", str(out), "--inference", "raw"]) == 0
+    assert (
+        main(
+            ["predict", str(run), "--images", str(tmp_path / "mine"), "--out", str(out), "--inference", "raw"]
+        )
+        == 0
+    )
     with Image.open(out / "a.png") as mask:
         assert mask.size == image.shape[1::-1] and mask.mode == "P"
     assert main(["pseudo-labels", str(run), "--split", "val", "--out", str(tmp_path / "labels")]) == 0
@@ -37,7 +48,9 @@ def test_train_evaluate_predict_and_pseudo_labels(run, tmp_path, capsys):
 
 def test_haaf_writes_its_table_and_figure(run, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    assert main(["haaf", str(run), "--steps", "2", "--splits", "val", "--device", "cpu", "--out", str(out)]) == 0
+    assert (
+        main(["haaf", str(run), "--steps", "2", "--splits", "val", "--device", "cpu", "--out", str(out)]) == 0
+    )
     assert "| HAAF, ncut" in capsys.readouterr().out
     assert (out / "haaf.csv").read_text().startswith("affinity,val,layer 0")
     assert (out / "haaf.png").read_bytes()[:4] == b"\x89PNG"
@@ -96,24 +109,38 @@ def test_submission_reads_the_folder_of_the_run(voc_test, tmp_path, monkeypatch)
 
     seen = []
     monkeypatch.setenv("VOC_ROOT", str(voc_test))
-    monkeypatch.setattr("ssepa_lib.evaluation.export.export_submission", lambda n, r, data, *_, **__: seen.append(data.images[0]))
+    monkeypatch.setattr(
+        "ssepa_lib.evaluation.export.export_submission",
+        lambda n, r, data, *_, **__: seen.append(data.images[0]),
+    )
     other = voc_test.rename(tmp_path / "other")
     for name, root, expected in (("voc", other, 0), ("voc", "", 2), ("folder", other, 2)):
         recipe = load_recipe(f"{name}/toco", {"data.root": str(root)})
-        monkeypatch.setattr("ssepa_lib.training.trainer.load_run", lambda *_, recipe=recipe: (torch.nn.Linear(1, 1), recipe))
+        monkeypatch.setattr(
+            "ssepa_lib.training.trainer.load_run", lambda *_, recipe=recipe: (torch.nn.Linear(1, 1), recipe)
+        )
         assert main(["submission", "new.tgz", "--run", "mine"]) == expected
     assert seen == [other / "JPEGImages" / "one.jpg"]
 
 
 def test_set_takes_lists_and_numbers_of_the_backbone(capsys):
-    changes = ["eval.scales=[1.0, 2]", "model.backbone_args={depth: 4}", "model.backbone_args.mlp_ratio=2e0",
-               "model.backbone_args.qkv_bias=false", "model.weights=[x"]  # fmt: skip
+    changes = [
+        "eval.scales=[1.0, 2]",
+        "model.backbone_args={depth: 4}",
+        "model.backbone_args.mlp_ratio=2e0",
+        "model.backbone_args.qkv_bias=false",
+        "model.weights=[x",
+    ]
     assert main(["recipe", "voc/toco", *(f"--set={item}" for item in changes[:-1])]) == 0
     made = OmegaConf.create(capsys.readouterr().out)
     assert made.eval.scales == [1.0, 2.0]
     assert made.model.backbone_args == {"depth": 4, "mlp_ratio": 2.0, "qkv_bias": False}
     assert main(["recipe", "voc/toco", "--set", changes[-1]]) == 2
-    assert _pairs(["seeds=[1, 2]", "lr=6e-5", "train.steps=5"]) == {"seeds": "[1, 2]", "lr": "6e-5", "train.steps": "5"}
+    assert _pairs(["seeds=[1, 2]", "lr=6e-5", "train.steps=5"]) == {
+        "seeds": "[1, 2]",
+        "lr": "6e-5",
+        "train.steps": "5",
+    }
 
 
 def test_recipe_prints_what_a_recipe_file_reads(tmp_path, capsys):
@@ -126,7 +153,9 @@ def test_recipe_prints_what_a_recipe_file_reads(tmp_path, capsys):
 
 
 def test_help_of_every_command(capsys):
-    commands = "workbook train evaluate predict pseudo-labels submission data recipe study haaf tables bench gpu"
+    commands = (
+        "workbook train evaluate predict pseudo-labels submission data recipe study haaf tables bench gpu"
+    )
     for command in [*commands.split(), "pretrain"]:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

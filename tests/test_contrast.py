@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ssepa_lib.methods.contrast import local_views, region_map
 from ssepa_lib.errors import UserError
+from ssepa_lib.methods.contrast import local_views, region_map
 
 
 def coordinates(batch, side):
@@ -53,7 +53,9 @@ def test_fewer_than_eight_free_places_means_anywhere(free):
 
 def test_crops_depend_on_the_generator_only():
     regions = torch.zeros(1, 32, 32, dtype=torch.long)
-    first, second, other = (local_views(coordinates(1, 32), regions, 4, 8, 0.2, generator(s))[0] for s in (3, 3, 4))
+    first, second, other = (
+        local_views(coordinates(1, 32), regions, 4, 8, 0.2, generator(s))[0] for s in (3, 3, 4)
+    )
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 

@@ -115,8 +115,16 @@ def test_label_is_read_once(voc):
     [
         (lambda r: (r / "JPEGImages" / "a.jpg").unlink(), "train", "1 of 2 are missing, first a"),
         (lambda r: (r / "SegmentationClass" / "c.png").unlink(), "val", "masks of split 'val'"),
-        (lambda r: (r / "SegmentationClass" / "a.png").unlink(), "train", "labels .* 1 of 2 are missing, first a"),
-        (lambda r: (r / "ImageSets" / "Segmentation" / "train.txt").write_text(""), "train", "split is empty"),
+        (
+            lambda r: (r / "SegmentationClass" / "a.png").unlink(),
+            "train",
+            "labels .* 1 of 2 are missing, first a",
+        ),
+        (
+            lambda r: (r / "ImageSets" / "Segmentation" / "train.txt").write_text(""),
+            "train",
+            "split is empty",
+        ),
         (lambda r: None, "train_aug", "data sbd.*choose one of train, val"),
     ],
 )
@@ -221,7 +229,10 @@ def test_folder_turns_pictures_upright(folder):
             r"images listed: 1 of 4 are missing, first d\.jpg",
         ),
         ("image,classes\na.jpg,bee\nb.png,bee\n", r"1 of 3 are missing, first c\.jpg"),
-        ("image,classes,split\na.jpg,bee,val\nb.png,bee,val\nc.jpg,bee,val\n", "split 'train' is empty.*holds val"),
+        (
+            "image,classes,split\na.jpg,bee,val\nb.png,bee,val\nc.jpg,bee,val\n",
+            "split 'train' is empty.*holds val",
+        ),
         ("image,classes\n", "are missing"),
     ],
 )

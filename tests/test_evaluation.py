@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ssepa_lib.evaluation import evaluate as evaluation
-from ssepa_lib.labels.cam import cam_to_label, multi_scale_cam
-from ssepa_lib.labels.crf import crf_available
 from ssepa_lib.data.datasets import SegmentationDataset, build_dataset
+from ssepa_lib.data.views import eval_batches
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation import evaluate as evaluation
 from ssepa_lib.evaluation.evaluate import (
     Confusion,
     ThresholdConfusion,
@@ -27,9 +26,10 @@ from ssepa_lib.evaluation.evaluate import (
     segmentation_logits,
     write_metrics,
 )
+from ssepa_lib.labels.cam import cam_to_label, multi_scale_cam
+from ssepa_lib.labels.crf import crf_available
 from ssepa_lib.model.network import build_network
 from ssepa_lib.recipe import AffinityConfig, Recipe
-from ssepa_lib.data.views import eval_batches
 
 CLASSES = ("circle", "square")
 
@@ -46,7 +46,11 @@ class ColourNetwork(nn.Module):
         cam = image[:, :2].float() / 255
         logits = torch.cat([torch.full_like(cam[:, :1], 0.5), cam], 1)
         return SimpleNamespace(
-            scores=cam.amax((2, 3)), cam=cam, aux_cam=cam, segmentation=logits if segment else None, affinity=None
+            scores=cam.amax((2, 3)),
+            cam=cam,
+            aux_cam=cam,
+            segmentation=logits if segment else None,
+            affinity=None,
         )
 
 
@@ -78,7 +82,10 @@ class TwoImages(SegmentationDataset):
 def recipe(size=0):
     made = Recipe(name="toy/toco")
     made.data.eval_size, made.data.workers, made.train.precision = size, 0, "fp32"
-    made.cam.par_dilations, made.cam.par_iterations = [1], 0  # refinement off: labels must follow the CAM exactly
+    made.cam.par_dilations, made.cam.par_iterations = (
+        [1],
+        0,
+    )  # refinement off: labels must follow the CAM exactly
     return made
 
 
@@ -143,7 +150,9 @@ def test_segmentation_logits_equal_the_plain_loop():
         mirrored = F.interpolate(network(view.flip(-1)).segmentation, size=(50, 41), mode="bilinear")
         each.append(total + mirrored.flip(-1))
     expected = torch.maximum(*each)
-    assert torch.allclose(segmentation_logits(network, image, [1.0, 1.25], True, (50, 41)), expected, atol=1e-5)
+    assert torch.allclose(
+        segmentation_logits(network, image, [1.0, 1.25], True, (50, 41)), expected, atol=1e-5
+    )
     assert segmentation_logits(network, image, [1.0], False).shape == (2, 3, 32, 24)
 
 
@@ -160,7 +169,9 @@ def test_a_right_network_scores_100_everywhere():
 
 
 def test_the_setting_tells_scales_mirror_and_crf():
-    setting = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", inference=("raw", "ms"))["setting"]
+    setting = evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", inference=("raw", "ms"))[
+        "setting"
+    ]
     assert setting["products"]["segmentation"] == {"scales": [1.0], "flip": False, "crf": False}
     assert setting["products"]["segmentation_ms"] == {"scales": [1.0, 1.25, 1.5], "flip": True, "crf": False}
     assert setting["method"] == "toco" and setting["split"] == "val" and setting["images"] == 2
@@ -172,12 +183,16 @@ def test_the_setting_tells_scales_mirror_and_crf():
 def test_every_way_of_inference_is_described_once():
     products = ("cam", "segmentation", "cam_ms", "segmentation_ms", "pseudo_label")
     first, second = (
-        evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", inference=ways, products=names)["setting"]
+        evaluate(ColourNetwork(), recipe(8), TwoImages(), device="cpu", inference=ways, products=names)[
+            "setting"
+        ]
         for ways, names in ((("raw",), ("cam", "segmentation")), (("ms",), ("cam", "segmentation")))
     )
     lines = describe_settings([first, second], products)
     assert [line.split(": ")[0] for line in lines] == ["cam, segmentation", "cam_ms", "segmentation_ms"]
-    for line, way in zip(lines, ("scale 1,", "scales 1/0.5/1.5 + mirror,", "scales 1/1.25/1.5 + mirror,"), strict=True):
+    for line, way in zip(
+        lines, ("scale 1,", "scales 1/0.5/1.5 + mirror,", "scales 1/1.25/1.5 + mirror,"), strict=True
+    ):
         assert f"8², {way}" in line
 
 
@@ -187,9 +202,13 @@ def test_a_setting_is_current_while_the_recipe_says_the_same():
     setting = json.loads(json.dumps(setting))
     assert is_current(setting, made, 2) and not is_current(setting, made, 1)
     for section, name, value in (
-        ("cam", "background", 0.4), ("cam", "flip", False), ("eval", "flip", False), ("eval", "scales", [1.0]),
-        ("data", "eval_size", 0), ("train", "seed", 1),
-    ):  # fmt: skip
+        ("cam", "background", 0.4),
+        ("cam", "flip", False),
+        ("eval", "flip", False),
+        ("eval", "scales", [1.0]),
+        ("data", "eval_size", 0),
+        ("train", "seed", 1),
+    ):
         changed = replace(made, **{section: replace(getattr(made, section), **{name: value})})
         assert not is_current(setting, changed, 2), name
 
@@ -205,16 +224,23 @@ def test_batches_give_what_a_loop_over_images_gives(tiny):
     for _, image, label, masks in eval_batches(dataset, 32, 1):
         mask = masks[0]
         with torch.no_grad():
-            raw, ms = (multi_scale_cam(network, image, label, c, affinity=True) for c in (single, settings.cam))
+            raw, ms = (
+                multi_scale_cam(network, image, label, c, affinity=True) for c in (single, settings.cam)
+            )
         maps = {"cam": raw.cam, "refined_cam": raw.refined, "cam_ms": ms.cam, "refined_cam_ms": ms.refined}
         for name, cam in maps.items():
             resized = F.interpolate(cam, size=mask.shape, mode="bilinear")
             slow[name].update(cam_to_label(resized, settings.cam.background)[0], mask)
-        for name, scales, flip in (("segmentation", [1.0], False), ("segmentation_ms", settings.eval.scales, True)):
+        for name, scales, flip in (
+            ("segmentation", [1.0], False),
+            ("segmentation_ms", settings.eval.scales, True),
+        ):
             logits = segmentation_logits(network, image, scales, flip, mask.shape)
             slow[name].update(logits.argmax(1)[0], mask)
     for name, confusion in slow.items():
-        assert result["miou"][name] == pytest.approx(confusion.miou, abs=0.02), name  # a batch rounds differently
+        assert result["miou"][name] == pytest.approx(confusion.miou, abs=0.02), (
+            name
+        )  # a batch rounds differently
 
 
 def test_classes_the_image_does_not_show_are_not_predicted_by_the_cam():
@@ -249,7 +275,9 @@ def test_crf_results_meet_their_own_masks(monkeypatch):
 
     monkeypatch.setattr(evaluation, "crf_pool", unchanged)
     products = ("pseudo_label", "segmentation")
-    result = evaluate(ColourNetwork(), recipe(), TwoImages(), device="cpu", inference=["crf"], products=products)
+    result = evaluate(
+        ColourNetwork(), recipe(), TwoImages(), device="cpu", inference=["crf"], products=products
+    )
     assert result["miou"] == {"pseudo_label_ms_crf": 100.0, "segmentation_ms_crf": 100.0}
     assert seen == [3, 2, 3, 2]  # segmentation: all classes; pseudo-label: background and the one present
     assert result["setting"]["products"]["segmentation_ms_crf"]["crf"] is True
@@ -269,7 +297,9 @@ def test_an_image_without_any_class_is_all_background(monkeypatch):
 
     monkeypatch.setattr(evaluation, "crf_pool", lambda jobs, _: ((p.argmax(0), rest) for _, p, rest in jobs))
     products = ("cam", "pseudo_label")
-    result = evaluate(ColourNetwork(), recipe(), Empty(), device="cpu", products=products, inference=("raw", "crf"))
+    result = evaluate(
+        ColourNetwork(), recipe(), Empty(), device="cpu", products=products, inference=("raw", "crf")
+    )
     for product in (*products, "pseudo_label_ms_crf"):
         assert result["per_class"][product]["circle"] == 0 and result["per_class"][product]["background"] > 0
     assert result["mean_average_precision"] is None
@@ -286,7 +316,9 @@ def test_bad_input_is_named():
 
 def test_progress_counts_images_and_training_mode_returns():
     network, calls = ColourNetwork().train(), []
-    evaluate(network, recipe(), TwoImages(), device="cpu", products=("cam",), progress=lambda *c: calls.append(c))
+    evaluate(
+        network, recipe(), TwoImages(), device="cpu", products=("cam",), progress=lambda *c: calls.append(c)
+    )
     assert calls[-1] == (2, 2) and network.training
 
 
@@ -308,7 +340,9 @@ def test_metrics_of_several_splits_merge(tmp_path):
     with pytest.raises(ValueError):
         write_metrics(tmp_path / "run", "val", result | {"miou": {"cam": float("nan")}})
     assert read_metrics(tmp_path / "run")["val"] == three and list((tmp_path / "run").iterdir()) == [path]
-    old = {"val": result | {"setting": {name: v for name, v in result["setting"].items() if name != "products"}}}
+    old = {
+        "val": result | {"setting": {name: v for name, v in result["setting"].items() if name != "products"}}
+    }
     for content in ("{", "[]", '{"val": 1}', '{"val": {"setting": {}, "miou": {}}}', json.dumps(old)):
         path.write_text(content)
         with pytest.raises(UserError, match=r"metrics\.json is no metrics file .*; delete it and evaluate"):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from test_evaluation import CLASSES, ColourNetwork, TwoImages, recipe
 
-from ssepa_lib.evaluation import export
 from ssepa_lib.data.datasets import voc_palette
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation import export
 from ssepa_lib.evaluation.export import (
     SUBMISSION_FOLDER,
     export_pseudo_labels,
@@ -61,7 +61,11 @@ def test_predict_folder_writes_masks_overlays_and_tables(tmp_path, monkeypatch, 
         assert (ids == data.mask(i).numpy()).all()
         assert (out / f"{name}_overlay.jpg").is_file()
     with (out / "predictions.csv").open() as file:
-        assert list(csv.reader(file)) == [["image", "classes"], ["first.png", "circle"], ["second.PNG", "square"]]
+        assert list(csv.reader(file)) == [
+            ["image", "classes"],
+            ["first.png", "circle"],
+            ["second.PNG", "square"],
+        ]
     with (out / "classes.csv").open() as file:
         assert list(csv.reader(file))[2] == ["1", "circle", "128", "0", "0"]
     assert not [p for p in out.iterdir() if p.name.endswith(".part")]
@@ -124,7 +128,9 @@ def test_pseudo_labels_need_labels(tmp_path):
 
 def test_submission_layout_and_content(tmp_path):
     data = TwoImages(masks=False)
-    archive = export_submission(VocNetwork(), recipe(), data, tmp_path / "voc.tgz", device="cpu", inference="raw")
+    archive = export_submission(
+        VocNetwork(), recipe(), data, tmp_path / "voc.tgz", device="cpu", inference="raw"
+    )
     with tarfile.open(archive) as tar:
         assert tar.getnames() == [f"{SUBMISSION_FOLDER}/{id}.png" for id in data.ids]
         with Image.open(tar.extractfile(tar.getmembers()[1])) as image:
@@ -145,7 +151,9 @@ def test_nothing_is_left_when_a_submission_fails(tmp_path):
             return super().image(i)
 
     with pytest.raises(UserError, match="unreadable"):
-        export_submission(VocNetwork(), recipe(), Broken(), tmp_path / "voc.tgz", device="cpu", inference="raw")
+        export_submission(
+            VocNetwork(), recipe(), Broken(), tmp_path / "voc.tgz", device="cpu", inference="raw"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -179,7 +187,10 @@ def test_validation_accepts_what_the_server_takes(tmp_path):
         ({"one": mask(), "two": mask(size=(3, 4))}, r"two.png is 3×4 but its image 4×3"),
         ({"one": mask(), "two": mask(21)}, "two.png holds id 21"),
         ({"one": mask(), "two": mask(255)}, "two.png holds id 255"),
-        ({"one": mask(), "two": palette_image(np.ones((3, 4), np.uint8), [(i, 9, 9) for i in range(256)])}, "palette"),
+        (
+            {"one": mask(), "two": palette_image(np.ones((3, 4), np.uint8), [(i, 9, 9) for i in range(256)])},
+            "palette",
+        ),
         ({"one": mask(), "two": mask(), "three": mask()}, "three.png does not belong"),
     ],
 )

@@ -38,7 +38,11 @@ def test_show_mask_names_the_classes_it_shows(sample):
     ax = figures.show_mask(mask, CLASSES, title="truth")
     assert legend_texts(ax) == ["square", "not labelled"] and ax.get_title() == "truth"
     colours = ax.images[0].get_array()
-    assert colours[5, 5].tolist() == [0, 128, 0] and colours[0, 0].tolist() == [255] * 3 and not colours[20, 20].any()
+    assert (
+        colours[5, 5].tolist() == [0, 128, 0]
+        and colours[0, 0].tolist() == [255] * 3
+        and not colours[20, 20].any()
+    )
     over = figures.show_mask(mask, CLASSES, image=image).images[0].get_array()
     assert (over[20] == image[:, 20].T.numpy()).all()  # background shows the picture
 
@@ -74,7 +78,11 @@ def test_mask_grid_has_one_legend_for_all(sample):
     image, mask = sample
     axes = figures.mask_grid([image], {"truth": [mask], "ours": [torch.ones(24, 32)]}, CLASSES)
     assert axes.shape == (1, 3)
-    assert [t.get_text() for t in axes[0, 0].figure.legends[0].get_texts()] == ["circle", "square", "not labelled"]
+    assert [t.get_text() for t in axes[0, 0].figure.legends[0].get_texts()] == [
+        "circle",
+        "square",
+        "not labelled",
+    ]
 
 
 def test_affinity_row_frames_its_patch(sample):
@@ -94,10 +102,21 @@ def test_layer_weights_above_single_layers():
 
 
 def test_supervisions_are_sorted_and_marked_against_the_best_layer():
-    table = pd.DataFrame({
-        "affinity": ["no affinity", "uniform mean", "layer 0 alone", "layer 1 alone", "HAAF, a", "HAAF, b"],
-        "val": [10.0, 20, 18, 25, 19, 26], "layer 0": [None, 1, 2, 0, 1.5, 0.2], "layer 1": [None, 1, 0, 2, 0.5, 1.8],
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "affinity": [
+                "no affinity",
+                "uniform mean",
+                "layer 0 alone",
+                "layer 1 alone",
+                "HAAF, a",
+                "HAAF, b",
+            ],
+            "val": [10.0, 20, 18, 25, 19, 26],
+            "layer 0": [None, 1, 2, 0, 1.5, 0.2],
+            "layer 1": [None, 1, 0, 2, 0.5, 1.8],
+        }
+    )
     top, heat, right = figures.supervisions(table, "val")
     assert [bar.get_height() for bar in top.patches] == [18, 25]
     assert [label.get_text() for label in heat.get_yticklabels()] == ["b", "a"]
@@ -109,7 +128,11 @@ def test_learning_curves_skip_terms_a_run_lacks(tmp_path):
     history = pd.DataFrame({"step": [1, 2, 3], "lr": [1.0, 2.0, 3.0], "seconds": 1.0, "cls": [3.0, 2.0, 1.0]})
     history.assign(seg=[None, 5.0, 4.0]).to_csv(tmp_path / "history.csv", index=False)
     axes = figures.learning_curves({"a": history, "b": tmp_path / "history.csv"})
-    assert [ax.get_title() for ax in axes] == ["learning rate of the backbone", "classification", "segmentation"]
+    assert [ax.get_title() for ax in axes] == [
+        "learning rate of the backbone",
+        "classification",
+        "segmentation",
+    ]
     assert [len(line.get_xdata()) for line in axes[2].lines] == [0, 2]
     smooth = figures.learning_curves({"a": history}, ["cls"], smooth=2)[0]
     assert smooth.lines[0].get_ydata().tolist() == [3, 2.5, 1.5]
@@ -130,8 +153,12 @@ def test_attention_strip_shows_every_head():
     means = [list(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 3]
     assert means == [[0.5, 1.5, 2.5]] * 2
     assert "nats" in ax.get_ylabel() and legend_texts(ax) == ["ToCo", "FSR"]
-    without = figures.attention_strip({"ToCo": table, "FSR": table.assign(class_mass=float("nan"))}, "class_mass")
-    assert sum(np.ma.masked_invalid(points.get_offsets()[:, 1]).count() for points in without.collections) == 6
+    without = figures.attention_strip(
+        {"ToCo": table, "FSR": table.assign(class_mass=float("nan"))}, "class_mass"
+    )
+    assert (
+        sum(np.ma.masked_invalid(points.get_offsets()[:, 1]).count() for points in without.collections) == 6
+    )
 
 
 def test_memory_bars_stand_beside_the_published():
@@ -144,7 +171,9 @@ def test_memory_bars_stand_beside_the_published():
 
 
 def test_scaling_curves_are_logarithmic():
-    table = pd.DataFrame({"n": [1, 10] * 2, "gb": [1.0, 100.0, 1.0, 10.0], "s": ["dense"] * 2 + ["fused"] * 2})
+    table = pd.DataFrame(
+        {"n": [1, 10] * 2, "gb": [1.0, 100.0, 1.0, 10.0], "s": ["dense"] * 2 + ["fused"] * 2}
+    )
     ax = figures.scaling_curves(table, "n", "gb", "s", ("patches", "memory, GB"))
     assert (ax.get_xscale(), ax.get_yscale(), ax.get_ylabel()) == ("log", "log", "memory, GB")
     assert legend_texts(ax) == ["dense", "fused"]
@@ -158,7 +187,12 @@ def test_crop_views_say_which_are_positive(sample):
 
 def test_compare_runs_shows_means_and_seeds():
     runs = pd.DataFrame(
-        {"method": ["toco", "toco", "ssepa"], "seed": [0, 1, 0], "cam": [50, 60, 70], "refined_cam": [None, None, 72]}
+        {
+            "method": ["toco", "toco", "ssepa"],
+            "seed": [0, 1, 0],
+            "cam": [50, 60, 70],
+            "refined_cam": [None, None, 72],
+        }
     )
     ax = figures.compare_runs(runs, ["cam", "refined_cam"])
     assert sorted(bar.get_height() for bar in ax.patches if bar.get_height() > 0) == [55, 70, 72]

@@ -42,13 +42,19 @@ def slow_normalised_cut(tokens, foreground):
 def test_normalised_cut_against_loops_and_at_its_ends():
     tokens, foreground, all_valid = torch.randn(3, 7, 5), torch.rand(3, 7), torch.ones(3, 7)
     expected = slow_normalised_cut(tokens, foreground)
-    torch.testing.assert_close(normalised_cut(tokens, foreground, all_valid).double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        normalised_cut(tokens, foreground, all_valid).double(), expected, rtol=1e-4, atol=0
+    )
     padded, valid = torch.cat([tokens, torch.full((3, 4, 5), 9.0)], 1), torch.arange(11).expand(3, 11) < 7
     found = normalised_cut(padded, torch.cat([foreground, torch.rand(3, 4)], 1), valid)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)  # padding changes nothing
     two = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]])[None]  # two groups without an edge between them
-    assert normalised_cut(two, torch.tensor([[1.0, 1, 0, 0]]), torch.ones(1, 4)).item() == pytest.approx(0, abs=1e-5)
-    assert normalised_cut(two, torch.tensor([[1.0, 0, 1, 0]]), torch.ones(1, 4)).item() == pytest.approx(1, abs=1e-3)
+    assert normalised_cut(two, torch.tensor([[1.0, 1, 0, 0]]), torch.ones(1, 4)).item() == pytest.approx(
+        0, abs=1e-5
+    )
+    assert normalised_cut(two, torch.tensor([[1.0, 0, 1, 0]]), torch.ones(1, 4)).item() == pytest.approx(
+        1, abs=1e-3
+    )
     assert normalised_cut(two, torch.zeros(1, 4), torch.ones(1, 4)).isfinite()  # an image without foreground
 
 
@@ -80,7 +86,9 @@ def slow_class_token_contrast(student, teacher, positive, temperature):
         for i in range(2):
             score = [math.exp((t[i] @ s[j]).item() / temperature) for j in range(len(s))]
             negatives = sum(x for x, flag in zip(score, flags, strict=True) if not flag)
-            loss -= sum(math.log(x / (x + negatives + 1e-4)) for x, flag in zip(score, flags, strict=True) if flag)
+            loss -= sum(
+                math.log(x / (x + negatives + 1e-4)) for x, flag in zip(score, flags, strict=True) if flag
+            )
             loss -= math.log(1 / (1 + negatives + 1e-4))
         total += loss / (2 * (sum(flags) + 1e-4))
     return total / len(student)
@@ -144,7 +152,10 @@ def smooth_image(batch, height, width, seed=0):
 def test_exact_bilateral_filter_equals_the_double_loop():
     image, values = smooth_image(2, 6, 7), torch.rand(2, 3, 6, 7)
     result = bilateral_filter(image, values, 4, 30, exact=True)
-    slow = [slow_bilateral(i, v, 4, 30) for i, v in zip(image.double().numpy(), values.double().numpy(), strict=True)]
+    slow = [
+        slow_bilateral(i, v, 4, 30)
+        for i, v in zip(image.double().numpy(), values.double().numpy(), strict=True)
+    ]
     np.testing.assert_allclose(result, np.stack(slow), rtol=1e-5)
 
 
@@ -178,7 +189,9 @@ def test_dense_energy_has_the_stated_value_and_gradient():
         torch.testing.assert_close(value, energy, rtol=1e-4, atol=0)
         gradient = torch.autograd.grad(3 * value, logits)[0]
         torch.testing.assert_close(gradient, 3 * stated, rtol=1e-3, atol=1e-3 * stated.abs().max().item())
-    assert gradient[1, :, 2:12, 4:14].any() and not gradient[1, :, :2].any() and not gradient[1, :, :, 14:].any()
+    assert (
+        gradient[1, :, 2:12, 4:14].any() and not gradient[1, :, :2].any() and not gradient[1, :, :, 14:].any()
+    )
 
 
 def test_dense_energy_takes_coarse_logits_bytes_and_mixed_precision():

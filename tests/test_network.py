@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from ssepa_lib.model.aggregator import pool_class
 from ssepa_lib.data.datasets import build_dataset
+from ssepa_lib.data.views import train_loader
+from ssepa_lib.model.aggregator import pool_class
 from ssepa_lib.model.network import LargeFOV, ProjectionHead, build_network
 from ssepa_lib.training.trainer import Trainer
-from ssepa_lib.data.views import train_loader
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -73,7 +73,9 @@ def test_weight_decay_spares_biases_and_tokens_only_where_asked(tiny):
         decay = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
         for name, p in (*trainer.network.named_parameters(), *trainer.objectives.named_parameters()):
             if p.requires_grad:
-                free = spared and (p.ndim < 2 or name.rsplit(".", 1)[-1] in ("pos_embed", "cls_token", "mask_token"))
+                free = spared and (
+                    p.ndim < 2 or name.rsplit(".", 1)[-1] in ("pos_embed", "cls_token", "mask_token")
+                )
                 assert decay[id(p)] == (0 if free else recipe.optim.weight_decay), name
 
 
@@ -104,7 +106,9 @@ def test_the_aggregator_makes_the_class_token_also_with_one_in_the_blocks(tiny, 
 def test_every_trainable_parameter_gets_a_finite_gradient(tiny):
     for method in ("toco", "ssepa_affinity", "ssepa", "fsr", "ssepa_fsr"):
         trainer, batches = trainer_for(tiny(method, **{"losses.switch": 0.0}))
-        for _ in range(3):  # the last layer of HAAF starts at zero, so its first layer learns from the second step on
+        for _ in range(
+            3
+        ):  # the last layer of HAAF starts at zero, so its first layer learns from the second step on
             trainer.step(next(batches))
         for name, p in (*trainer.network.named_parameters(), *trainer.objectives.named_parameters()):
             # without a class token in the blocks the pooled affinity is a constant, so HAAF sees only its biases

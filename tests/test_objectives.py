@@ -2,17 +2,19 @@ import pytest
 import torch
 
 from ssepa_lib.data.datasets import build_dataset
+from ssepa_lib.data.views import train_loader
 from ssepa_lib.methods.objectives import ClassTokenContrast, HaafSupervision, Step, build_objectives
 from ssepa_lib.recipe import SUPERVISIONS
 from ssepa_lib.training.trainer import Trainer
-from ssepa_lib.data.views import train_loader
 
 
 def step_of(recipe):
     dataset = build_dataset(recipe.data, "train")
     trainer = Trainer(recipe, dataset.classes, torch.device("cpu"))
     batch = next(iter(train_loader(dataset, recipe)))
-    return trainer, lambda: Step(trainer.network, recipe, batch, 0, trainer.par, torch.Generator().manual_seed(0))
+    return trainer, lambda: Step(
+        trainer.network, recipe, batch, 0, trainer.par, torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("kind", SUPERVISIONS[1:])
@@ -39,7 +41,10 @@ def test_valid_tokens_lie_mostly_on_the_image(tiny):
     step.batch.box = torch.tensor([[0, 32, 0, 32], [5, 21, 8, 20]])  # patches of 8 pixels
     valid = step.valid_tokens.view(2, 4, 4)
     assert valid[0].all()
-    assert valid[1].nonzero().tolist() == [[1, 1], [2, 1]]  # rows 8-16 and 16-21, columns 8-16; 16-20 is only half
+    assert valid[1].nonzero().tolist() == [
+        [1, 1],
+        [2, 1],
+    ]  # rows 8-16 and 16-21, columns 8-16; 16-20 is only half
 
 
 @pytest.mark.parametrize("kind", ["ncut", "pooling"])
@@ -61,7 +66,9 @@ def test_pooling_asks_what_the_map_covers_and_what_it_leaves_out(tiny):
     trainer, make = step_of(recipe)
     step, part = make(), HaafSupervision(recipe)
     maps, weight, total, count = part._refined(step), trainer.network.aux_classifier.weight, 0.0, 0
-    for tokens, label, cover, valid in zip(step.out.aux, step.batch.label, maps, step.valid_tokens, strict=True):
+    for tokens, label, cover, valid in zip(
+        step.out.aux, step.batch.label, maps, step.valid_tokens, strict=True
+    ):
         cover = cover * valid[:, None]
         rest = (1 - cover.max(1).values) * valid
         outside = (rest[:, None] * tokens).sum(0) / rest.sum()
@@ -96,7 +103,9 @@ def test_methods_are_compositions_of_parts(tiny):
     assert parts("ssepa", **{"affinity.supervision": "none"}) == toco
     assert parts("fsr") == ["Classification", "PatchTokenContrast", "Segmentation", "FeatureReinforcement"]
     assert parts("ssepa_fsr") == [*parts("fsr")[:3], "HaafSupervision", "FeatureReinforcement"]
-    assert parts("toco", **{"losses.ptc": 0, "losses.ctc": 0, "losses.seg": 0, "losses.reg": 0}) == ["Classification"]
+    assert parts("toco", **{"losses.ptc": 0, "losses.ctc": 0, "losses.seg": 0, "losses.reg": 0}) == [
+        "Classification"
+    ]
 
 
 def test_pseudo_labels_come_from_the_refined_map_and_are_computed_once(tiny):

@@ -15,8 +15,17 @@ from scipy.io import savemat
 
 from ssepa_lib.data import prepare
 from ssepa_lib.data.datasets import COCO_CLASSES, CocoDataset, VocDataset
+from ssepa_lib.data.prepare import (
+    Source,
+    fetch,
+    paint,
+    prepare_coco,
+    prepare_sbd,
+    prepare_voc,
+    unpack,
+    verify,
+)
 from ssepa_lib.errors import UserError
-from ssepa_lib.data.prepare import Source, fetch, paint, prepare_coco, prepare_sbd, prepare_voc, unpack, verify
 
 # pycocotools 2.0 under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -212,7 +221,10 @@ def small(monkeypatch):
 
 def voc_files(images="abcde"):
     inner = "VOCdevkit/VOC2012"
-    files = {f"{inner}/ImageSets/Segmentation/train.txt": b"a\nb\n", f"{inner}/ImageSets/Segmentation/val.txt": b"c\n"}
+    files = {
+        f"{inner}/ImageSets/Segmentation/train.txt": b"a\nb\n",
+        f"{inner}/ImageSets/Segmentation/val.txt": b"c\n",
+    }
     note = b"<annotation><object><name>cow</name></object></annotation>"
     files |= {f"{inner}/JPEGImages/{i}.jpg": jpeg() for i in images}
     files |= {f"{inner}/Annotations/{i}.xml": note for i in "abcde"}
@@ -263,7 +275,12 @@ def test_sbd_makes_the_augmented_split(tmp_path, small, mode):
         prepare_sbd(root, sbd)
     unpack(tar(tmp_path / "voc.tar", voc_files()), "VOCdevkit/VOC2012", root)
     assert prepare_sbd(root, sbd).changed
-    assert (root / "ImageSets/Segmentation/train_aug.txt").read_text().split() == ["a", "b", "d", "e"]  # c is val
+    assert (root / "ImageSets/Segmentation/train_aug.txt").read_text().split() == [
+        "a",
+        "b",
+        "d",
+        "e",
+    ]  # c is val
     assert sorted(p.name for p in (root / "SegmentationClassAug").iterdir()) == ["d.png", "e.png"]
     written = Image.open(root / "SegmentationClassAug" / "d.png")
     assert written.mode == "P" and written.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
@@ -298,8 +315,14 @@ def square(identity, image, category, top, left, side, crowd=False):
     else:
         bottom, right = top + side, left + side
         shape = [[left, top, right, top, right, bottom, left, bottom]]
-    return {"id": identity, "image_id": image, "category_id": category, "segmentation": shape, "area": side * side,
-            "iscrowd": int(crowd)}  # fmt: skip
+    return {
+        "id": identity,
+        "image_id": image,
+        "category_id": category,
+        "segmentation": shape,
+        "area": side * side,
+        "iscrowd": int(crowd),
+    }
 
 
 def coco_json(root, split, images, annotations, categories=COCO_CLASSES):
@@ -327,7 +350,9 @@ def test_small_objects_are_painted_last():
 def test_coco_from_json_to_dataset_and_again(tmp_path, small):
     name = "COCO_train2014_000000000007.jpg"
     empty = "COCO_train2014_000000000008.jpg"
-    coco_json(tmp_path, "train", [(7, name), (8, empty)], [square(1, 7, 159, 0, 0, 2), square(2, 7, 1, 4, 4, 2)])
+    coco_json(
+        tmp_path, "train", [(7, name), (8, empty)], [square(1, 7, 159, 0, 0, 2), square(2, 7, 1, 4, 4, 2)]
+    )
     coco_json(tmp_path, "val", [(9, "COCO_val2014_000000000009.jpg")], [square(3, 9, 3, 0, 0, 4)])
     (tmp_path / "train2014").mkdir()
     for file in (name, empty):
@@ -336,7 +361,8 @@ def test_coco_from_json_to_dataset_and_again(tmp_path, small):
     dataset = CocoDataset(tmp_path, "train")
     assert len(dataset) == 1 and dataset.label(0).nonzero().flatten().tolist() == [0, 79]
     assert (
-        dataset.mask(0)[0].tolist() == [80, 80] + [0] * 8 and dataset.mask(0)[4].tolist() == [0] * 4 + [1, 1] + [0] * 4
+        dataset.mask(0)[0].tolist() == [80, 80] + [0] * 8
+        and dataset.mask(0)[4].tolist() == [0] * 4 + [1, 1] + [0] * 4
     )
     assert not prepare_coco(tmp_path).changed
     assert [line.split(":")[0] for line in verify("coco", tmp_path).problems] == ["val2014"]

@@ -5,10 +5,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssepa_lib.model.backbone import MICRO_WEIGHTS, Backbone
 from ssepa_lib.benchmarks.pretrain_shapes import _colours, _mosaic, _naming_loss, pretrain
-from ssepa_lib.recipe import load_recipe
 from ssepa_lib.data.shapes import render_scene
+from ssepa_lib.model.backbone import MICRO_WEIGHTS, Backbone
+from ssepa_lib.recipe import load_recipe
 
 QUICK = {"steps": 2, "batch": 8, "pictures": 12, "device": "cpu"}
 
@@ -63,7 +63,10 @@ def test_colours_are_those_of_quarters_of_a_patch():
     image[0, 0, :4, 4:8] = 255  # top right quarter of the first patch is red
     colours = _colours(image, 8)
     assert colours.shape == (1, 4, 12)
-    assert torch.equal(colours[0, 0], torch.tensor([-1.0, 1, -1, -1] + [-1] * 8)) and (colours[0, 1:] == -1).all()
+    assert (
+        torch.equal(colours[0, 0], torch.tensor([-1.0, 1, -1, -1] + [-1] * 8))
+        and (colours[0, 1:] == -1).all()
+    )
 
 
 def _own_over_other(backbone) -> float:
@@ -75,8 +78,10 @@ def _own_over_other(backbone) -> float:
         mask = torch.from_numpy(mask[4:80:8, 4:80:8]).flatten().long()  # class at each patch's centre
         with torch.no_grad():
             out = backbone(image, capture=True)
-        pairs = [(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0, 1:, 1:]
-                 for q, k in zip(out.queries, out.keys, strict=True)]  # fmt: skip
+        pairs = [
+            (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0, 1:, 1:]
+            for q, k in zip(out.queries, out.keys, strict=True)
+        ]
         attention = torch.stack(pairs).mean(0).fill_diagonal_(0)
         own += attention[(mask[:, None] == mask) & (mask > 0)].mean().item()
         other += attention[(mask[:, None] > 0) & (mask == 0)].mean().item()

@@ -38,8 +38,12 @@ def test_what_the_library_imports_is_what_it_declares():
     modules = {n.name for t in trees for i in ast.walk(t) if isinstance(i, ast.Import) for n in i.names}
     modules |= {i.module for t in trees for i in ast.walk(t) if isinstance(i, ast.ImportFrom)}
     roots = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"ssepa_lib"}
-    distribution = {"PIL": "pillow", "pydensecrf": "pydensecrf2", "lightning_fabric": "lightning-fabric",
-                    "lightning": "lightning-fabric"}  # fmt: skip
+    distribution = {
+        "PIL": "pillow",
+        "pydensecrf": "pydensecrf2",
+        "lightning_fabric": "lightning-fabric",
+        "lightning": "lightning-fabric",
+    }
     brought = {"nbformat", "ipykernel", "nbclient"}  # by papermill and jupyterlab
     needed = {distribution.get(root, root) for root in roots} - brought
     listed = [*pyproject["dependencies"], *pyproject["optional-dependencies"]["crf"]]
@@ -88,7 +92,9 @@ def test_every_parameter_is_explained_and_used():
         for line in code[0].splitlines():
             assert re.match(r"\w+ = .+  # \w", line), f"{path.name}: {line}"
             name = line.split(" = ")[0]
-            assert any(re.search(rf"\b{name}\b", source) for source in code[1:]), f"{path.name}: nobody reads {name}"
+            assert any(re.search(rf"\b{name}\b", source) for source in code[1:]), (
+                f"{path.name}: nobody reads {name}"
+            )
 
 
 @pytest.mark.parametrize("document", ["README.md", "data/README.md", "results/README.md"])
@@ -97,7 +103,9 @@ def test_documents_name_things_that_exist(document):
     targets = set(re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert ((PROJECT / document).parent / link).exists(), f"{document} links to {link}, which is not there"
+        assert ((PROJECT / document).parent / link).exists(), (
+            f"{document} links to {link}, which is not there"
+        )
     for module in re.findall(r"`(?:ssepa_lib/)?(\w+\.py)`", text):
         assert (PROJECT / "ssepa_lib" / module).is_file(), f"{document} names {module}"
 
@@ -109,7 +117,9 @@ def test_the_readme_maps_every_module():
 
 
 def test_commands_in_the_documents_are_commands():
-    shown = subprocess.run([sys.executable, "-m", "ssepa_lib", "--help"], cwd=PROJECT, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "ssepa_lib", "--help"], cwd=PROJECT, capture_output=True, text=True
+    )
     known = set(re.findall(r"\w+", shown.stdout))
     for document in ("README.md", "data/README.md", "results/README.md"):
         used = re.findall(r"python -m ssepa_lib ([a-z]+)", (PROJECT / document).read_text())
@@ -117,7 +127,10 @@ def test_commands_in_the_documents_are_commands():
 
 
 def test_every_recipe_loads():
-    names = {kind: [path.stem for path in (RECIPES / kind).glob("*.yaml")] for kind in ("data", "method", "backbone")}
+    names = {
+        kind: [path.stem for path in (RECIPES / kind).glob("*.yaml")]
+        for kind in ("data", "method", "backbone")
+    }
     for data in names["data"]:
         for method in names["method"]:
             load_recipe(f"{data}/{method}")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssepa_lib.labels.pseudo_labels import inside, single_threshold_labels, token_labels, two_threshold_labels
 from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.labels.pseudo_labels import inside, single_threshold_labels, token_labels, two_threshold_labels
 
 
 def slow_labels(image, cam, label, par, threshold):
@@ -24,7 +24,9 @@ def crops():
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8)
     cam = F.interpolate(torch.rand(3, 5, 4, 4), (24, 20), mode="bilinear")
-    label = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0.0]])  # three, one and no class present
+    label = torch.tensor(
+        [[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0.0]]
+    )  # three, one and no class present
     return image, cam, label, PixelAdaptiveRefinement([1, 2], 3)
 
 
@@ -46,7 +48,9 @@ def test_two_threshold_labels_equal_the_loop(crops):
                     expected[y, x] = 0
         assert torch.equal(result[i], expected)
     assert set(result[0].unique().tolist()) >= {2, 4, 255}
-    assert set(result[2].unique().tolist()) == {0, 255}, "without classes everything inside the box is background"
+    assert set(result[2].unique().tolist()) == {0, 255}, (
+        "without classes everything inside the box is background"
+    )
 
 
 def test_absent_classes_never_appear_and_need_no_masking_first(crops):

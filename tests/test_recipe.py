@@ -23,7 +23,12 @@ def test_every_recipe_file_opens_with_a_comment(file):
 
 def test_published_schedule():
     recipe = load_recipe("voc/ssepa")
-    assert (recipe.train.steps, recipe.warmup_steps, recipe.switch_step, recipe.data.batch) == (20000, 1500, 2000, 4)
+    assert (recipe.train.steps, recipe.warmup_steps, recipe.switch_step, recipe.data.batch) == (
+        20000,
+        1500,
+        2000,
+        4,
+    )
     assert load_recipe("coco/ssepa").warmup_steps == 1500
     losses = recipe.losses
     assert (losses.seg, losses.aux_cls, losses.ptc, losses.ctc, losses.reg) == (0.1, 1.0, 0.2, 0.5, 0.05)
@@ -77,7 +82,15 @@ def test_unknown_recipes_are_refused(name):
 
 @pytest.mark.parametrize(
     "content",
-    [b"a: [", b"train:\n\tsteps: 5", b"- train", b"3", "# Größe\n".encode("latin-1"), b"train: 5", b"train: [5]"],
+    [
+        b"a: [",
+        b"train:\n\tsteps: 5",
+        b"- train",
+        b"3",
+        "# Größe\n".encode("latin-1"),
+        b"train: 5",
+        b"train: [5]",
+    ],
 )
 def test_a_broken_recipe_file_is_named(tmp_path, content):
     path = tmp_path / "broken.yaml"
@@ -96,7 +109,10 @@ def test_round_trip_and_hash(tmp_path):
     again = load_recipe(str(tmp_path / "recipe.yaml"))
     assert again == recipe and again.hash() == recipe.hash()
     assert load_recipe("voc/ssepa", {"train.steps": 501}).hash() != recipe.hash()
-    assert load_recipe("voc/ssepa", {"train.steps": 500, "data.workers": 0, "data.root": "x"}).hash() == recipe.hash()
+    assert (
+        load_recipe("voc/ssepa", {"train.steps": 500, "data.workers": 0, "data.root": "x"}).hash()
+        == recipe.hash()
+    )
     assert load_recipe("voc/toco").hash() == load_recipe("voc/ssepa_no_affinity").hash()
     masks = {"reinforce.mask_ratio": 0.2}  # of no effect without self-reinforcement
     assert load_recipe("voc/toco", masks).hash() == load_recipe("voc/toco").hash()
@@ -110,8 +126,12 @@ def test_round_trip_and_hash(tmp_path):
 
 def test_hash_ignores_what_leaves_the_weights_alone():
     plain = load_recipe("voc/ssepa").hash()
-    for same in ({"train.checkpointing": True}, {"train.device": "cpu"}, {"cam.background": 0.4},
-                 {"affinity.strategy": "all_heads"}):  # fmt: skip
+    for same in (
+        {"train.checkpointing": True},
+        {"train.device": "cpu"},
+        {"cam.background": 0.4},
+        {"affinity.strategy": "all_heads"},
+    ):
         assert load_recipe("voc/ssepa", same).hash() == plain, same
     for other in ({"train.precision": "bf16"}, {"train.compile": True}, {"cam.low": 0.2}):
         assert load_recipe("voc/ssepa", other).hash() != plain, other
@@ -120,7 +140,10 @@ def test_hash_ignores_what_leaves_the_weights_alone():
 def test_the_root_of_your_own_images_belongs_to_the_recipe(tmp_path, monkeypatch):
     monkeypatch.delenv("FOLDER_ROOT", raising=False)
     hashes = {load_recipe("folder/toco", {"data.root": root}).hash() for root in ("", "a", "b")}
-    assert len(hashes) == 3 and len({load_recipe("voc/toco", {"data.root": r}).hash() for r in ("", "a", "b")}) == 1
+    assert (
+        len(hashes) == 3
+        and len({load_recipe("voc/toco", {"data.root": r}).hash() for r in ("", "a", "b")}) == 1
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FOLDER_ROOT", "mine")
     assert load_recipe("folder/toco").data.root == str(tmp_path / "mine")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssepa_lib.labels.crf import crf_available, crf_pool, dense_crf
 from ssepa_lib.errors import UserError
+from ssepa_lib.labels.crf import crf_available, crf_pool, dense_crf
 from ssepa_lib.labels.par import PixelAdaptiveRefinement
 
 needs_crf = pytest.mark.skipif(not crf_available(), reason="pydensecrf2 is not installed")

@@ -8,9 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from ssepa_lib.model.aggregator import ClassAggregator, CrossAttentionBlock, pool_class
-from ssepa_lib.model.network import build_network
-from ssepa_lib.recipe import ReinforceConfig, load_recipe
 from ssepa_lib.methods.fsr import (
     Centers,
     SelfReinforcement,
@@ -21,6 +18,9 @@ from ssepa_lib.methods.fsr import (
     teacher_momentum,
     teacher_temperature,
 )
+from ssepa_lib.model.aggregator import ClassAggregator, CrossAttentionBlock, pool_class
+from ssepa_lib.model.network import build_network
+from ssepa_lib.recipe import ReinforceConfig, load_recipe
 
 IMAGE = torch.zeros(2, 3, 64, 64)
 
@@ -34,7 +34,9 @@ def blocks(mask, grid, block):
     maps = mask.view(-1, *grid)
     rows = []
     for top in range(0, grid[0], block):
-        cells = [maps[:, top : top + block, left : left + block].flatten(1) for left in range(0, grid[1], block)]
+        cells = [
+            maps[:, top : top + block, left : left + block].flatten(1) for left in range(0, grid[1], block)
+        ]
         assert all((c.all(1) | ~c.any(1)).all() for c in cells)
         rows.append(torch.stack([c[:, 0] for c in cells], 1))
     return torch.stack(rows, 1)
@@ -64,10 +66,14 @@ def recipe():
     return load_recipe(
         "shapes/fsr",
         {
-            "reinforce.outputs": 5, "reinforce.mask_block": 1, "reinforce.mask_ratio": 0.5, "contrast.hidden": 8,
-            "contrast.bottleneck": 4, "reinforce.center_momentum": 0.75,
+            "reinforce.outputs": 5,
+            "reinforce.mask_block": 1,
+            "reinforce.mask_ratio": 0.5,
+            "contrast.hidden": 8,
+            "contrast.bottleneck": 4,
+            "reinforce.center_momentum": 0.75,
         },
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -92,7 +98,9 @@ def views(seed=1):
 
 
 @pytest.mark.parametrize("selection", ["random", "edge", "loose"])
-@pytest.mark.parametrize(("grid", "block", "ratio"), [((28, 28), 4, 0.4), ((14, 10), 4, 0.4), ((6, 6), 2, 0.75)])
+@pytest.mark.parametrize(
+    ("grid", "block", "ratio"), [((28, 28), 4, 0.4), ((14, 10), 4, 0.4), ((6, 6), 2, 0.75)]
+)
 def test_masks_have_exactly_the_requested_ratio(selection, grid, block, ratio):
     config = ReinforceConfig(selection=selection, mask_block=block, mask_ratio=ratio)
     activation = torch.rand(2, *grid, generator=generator())
@@ -119,7 +127,9 @@ def test_uncertain_blocks_are_masked_first():
 def test_uncertain_interval_is_open():
     activation = torch.tensor([[[0.2, 0.7], [0.3, 0.0]]])
     config = ReinforceConfig(selection="strict", mask_block=1, mask_ratio=0.75)
-    assert mask_blocks(activation, IMAGE[:1], config, 1.0, generator()).tolist() == [[False, False, True, False]]
+    assert mask_blocks(activation, IMAGE[:1], config, 1.0, generator()).tolist() == [
+        [False, False, True, False]
+    ]
 
 
 def test_blocks_are_random_at_first_and_follow_the_generator():
@@ -158,7 +168,9 @@ def test_teacher_equals_the_closed_form_and_never_learns():
         optimiser.step()
         teacher.update(student, momentum)
         trained = list(student.parameters())
-        expected = [momentum * e + (1 - momentum) * p.detach() for e, p in zip(expected, trained, strict=True)]
+        expected = [
+            momentum * e + (1 - momentum) * p.detach() for e, p in zip(expected, trained, strict=True)
+        ]
         for t, e, p in zip(teacher.parameters(), expected, trained, strict=True):
             torch.testing.assert_close(t, e)
             assert not torch.equal(t, p) and t.grad is None and not t.requires_grad
@@ -174,7 +186,9 @@ def test_schedules_at_their_ends():
     assert teacher_momentum(config, 0) == pytest.approx(0.9995)
     assert teacher_momentum(config, 0.5) == pytest.approx(0.99975)
     assert teacher_momentum(config, 1) == 1
-    assert [teacher_temperature(config, f) for f in (0, 0.0625, 0.125, 1)] == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert [teacher_temperature(config, f) for f in (0, 0.0625, 0.125, 1)] == pytest.approx(
+        [0.04, 0.055, 0.07, 0.07]
+    )
 
 
 # Losses
@@ -186,7 +200,9 @@ def test_distillation_equals_a_slow_version():
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         target = [math.exp((x - c) / 0.5) for x, c in zip(t, center.tolist(), strict=True)]
         predicted = [math.exp(x / 0.8) for x in s]
-        total -= sum(a / sum(target) * math.log(b / sum(predicted)) for a, b in zip(target, predicted, strict=True))
+        total -= sum(
+            a / sum(target) * math.log(b / sum(predicted)) for a, b in zip(target, predicted, strict=True)
+        )
     assert float(self_distillation(student, teacher, center, 0.8, 0.5)) == pytest.approx(total / 3, rel=1e-4)
 
 
@@ -210,7 +226,9 @@ def test_centres_follow_the_mean_of_all_tokens_separately():
 def test_centres_are_averaged_over_processes(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda means: means.add_(8.0))  # the other process saw 8
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda means: means.add_(8.0)
+    )  # the other process saw 8
     centers = Centers(2, momentum=0.0)
     centers.update(torch.full((3, 2), 2.0), torch.full((3, 4, 2), 4.0))
     assert centers.cls.tolist() == [5.0, 5.0] and centers.patches.tolist() == [6.0, 6.0]
@@ -227,7 +245,9 @@ def test_views_and_teacher_are_paired_as_published(tiny):
 
     project, teach = reinforce.projector, reinforce.teacher.module["network"]
     masked, whole1, whole2 = network(view2, mask=mask), teach(view1), teach(view2)
-    unc = self_distillation(project(masked.patches)[mask], project(whole2.patches)[mask], before[1], 0.1, 0.055)
+    unc = self_distillation(
+        project(masked.patches)[mask], project(whole2.patches)[mask], before[1], 0.1, 0.055
+    )
     cer = self_distillation(project(masked.cls), project(whole1.cls), before[0], 0.1, 0.055)
     torch.testing.assert_close(losses["unc"], unc)
     torch.testing.assert_close(losses["cer"], cer)
@@ -324,7 +344,12 @@ def test_recipes_differ_only_in_what_they_compose():
     fsr, both, ssepa = (load_recipe(f"voc/{method}") for method in ("fsr", "ssepa_fsr", "ssepa"))
     assert both.affinity == ssepa.affinity
     assert replace(both, name=fsr.name, affinity=fsr.affinity) == fsr
-    assert fsr.self_reinforced and fsr.losses.ctc == 0 and fsr.model.aggregator == "mca" and not fsr.optim.decay_all
+    assert (
+        fsr.self_reinforced
+        and fsr.losses.ctc == 0
+        and fsr.model.aggregator == "mca"
+        and not fsr.optim.decay_all
+    )
 
 
 # Aggregator

@@ -50,7 +50,8 @@ def test_selection(folder):
 
 
 @pytest.mark.parametrize(
-    "source, tags", [("steps = 3\ntotal = steps * 2", ["parameters"]), ("print(1)", ["parameters"]), (DEFAULTS, [])]
+    "source, tags",
+    [("steps = 3\ntotal = steps * 2", ["parameters"]), ("print(1)", ["parameters"]), (DEFAULTS, [])],
 )
 def test_a_parameters_cell_holds_literals_only(folder, source, tags):
     write(folder, "00_a", parameters=source, tags=tags)
@@ -60,16 +61,26 @@ def test_a_parameters_cell_holds_literals_only(folder, source, tags):
 
 @pytest.mark.parametrize(
     "text, default, value",
-    [("6e-5", 1.0, 6e-5), ("1", 0.5, 1.0), ("1e3", 3, 1000), ("false", True, False), ("6e-5", "x", "6e-5"),
-     ("[2, 3]", [0], [2, 3]), ("4", [0, 1], [4]), ([1], [0.5], [1.0]), (7, 3, 7)],
-)  # fmt: skip
+    [
+        ("6e-5", 1.0, 6e-5),
+        ("1", 0.5, 1.0),
+        ("1e3", 3, 1000),
+        ("false", True, False),
+        ("6e-5", "x", "6e-5"),
+        ("[2, 3]", [0], [2, 3]),
+        ("4", [0, 1], [4]),
+        ([1], [0.5], [1.0]),
+        (7, 3, 7),
+    ],
+)
 def test_values_become_the_type_of_the_default(text, default, value):
     result = coerce("p", text, default)
     assert result == value and type(result) is type(value)
 
 
 @pytest.mark.parametrize(
-    "value, default", [("six", 3), ("2.5", 3), ("1", True), (True, 3), ("x", 0.5), (3, "x"), ("[1, 'a']", [0])]
+    "value, default",
+    [("six", 3), ("2.5", 3), ("1", True), (True, 3), ("x", 0.5), (3, "x"), ("[1, 'a']", [0])],
 )
 def test_a_wrong_type_is_an_error(value, default):
     with pytest.raises(UserError, match="p is"):
@@ -119,7 +130,11 @@ def test_your_own_images_are_found_by_their_variable(folder, tmp_path, monkeypat
     (tmp_path / "mine" / "labels.csv").write_text("image,classes\na.png,cat\n")
     monkeypatch.setenv("FOLDER_ROOT", "mine")
     assert run_workbook("folder", notebooks=folder, results=tmp_path / "results") == 0
-    assert (tmp_path / "results" / "root").read_text() == str(tmp_path / "mine") == load_recipe("folder/toco").data.root
+    assert (
+        (tmp_path / "results" / "root").read_text()
+        == str(tmp_path / "mine")
+        == load_recipe("folder/toco").data.root
+    )
 
 
 def test_run(folder, tmp_path, capfd):
@@ -132,14 +147,21 @@ def test_run(folder, tmp_path, capfd):
     write(folder, "03_later", record.format("later"), needs=["02_after"])
     write(folder, "04_other", record.format("other"), needs=["00_good"])
     results = tmp_path / "results"
-    assert run_workbook("shapes", parameters={"steps": "5", "lr": "6e-5"}, results=results, notebooks=folder) == 1
+    assert (
+        run_workbook("shapes", parameters={"steps": "5", "lr": "6e-5"}, results=results, notebooks=folder)
+        == 1
+    )
     assert (results / "good").read_text() == (results / "other").read_text() == "('shapes', 5, 6e-05)"
     assert not (results / "after").exists() and not (results / "later").exists()
     copy = nbformat.read(results / "shapes" / "notebooks" / "01_bad.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in copy.cells for o in c.get("outputs", []))
     printed = capfd.readouterr().out
     assert "01_bad, cell In [4]: ZeroDivisionError: division by zero" in printed
-    assert "02_after: skipped" in printed and "03_later: skipped" in printed and "[5/5] 04_other: done" in printed
+    assert (
+        "02_after: skipped" in printed
+        and "03_later: skipped" in printed
+        and "[5/5] 04_other: done" in printed
+    )
     report = results / "shapes" / "report"
     index = (report / "index.html").read_text()
     assert "Title of 04_other" in index and "failed" in index and (report / "00_good.html").exists()

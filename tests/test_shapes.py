@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ssepa_lib.errors import UserError
 from ssepa_lib.data.shapes import BACKGROUNDS, HOME, SHAPE_CLASSES, _head, render_object, render_scene
+from ssepa_lib.errors import UserError
 
 
 def scenes(split="train", count=60, **options):
@@ -81,10 +81,14 @@ def test_classes_prefer_their_home_background():
 def test_single_creatures_are_centred_and_are_no_scenes():
     image, label = render_object(0)
     assert image.shape == (96, 96, 3) and image.dtype == np.uint8 and 0 <= label < len(SHAPE_CLASSES)
-    assert np.array_equal(image, render_object(0)[0]) and not np.array_equal(image, render_object(0, seed=1)[0])
+    assert np.array_equal(image, render_object(0)[0]) and not np.array_equal(
+        image, render_object(0, seed=1)[0]
+    )
     assert {render_object(index, 32)[1] for index in range(60)} == set(range(len(SHAPE_CLASSES)))
     saturated = [np.ptp(render_object(index)[0].astype(int), axis=2) > 90 for index in range(40)]
-    assert np.mean([s[32:64, 32:64].mean() for s in saturated]) > 4 * np.mean([s[:10].mean() for s in saturated])
+    assert np.mean([s[32:64, 32:64].mean() for s in saturated]) > 4 * np.mean(
+        [s[:10].mean() for s in saturated]
+    )
 
 
 def test_unknown_split_is_refused():

@@ -4,8 +4,8 @@ import math
 import pandas as pd
 import pytest
 
-from ssepa_lib.workbook import tables
 from ssepa_lib.errors import UserError
+from ssepa_lib.workbook import tables
 
 VIEWS = {
     "pseudo_label": {"scales": [1.0], "flip": False, "crf": False},
@@ -18,9 +18,16 @@ def write_run(folder, name, method, seed, values, preset="voc", splits=("train",
     run = folder / preset / name
     run.mkdir(parents=True)
     setting = {
-        "data": preset, "images": images, "size": 448, "method": method, "seed": seed, "steps": 50, "batch": 4,
-        "backbone": "vit_x", "products": VIEWS,
-    }  # fmt: skip
+        "data": preset,
+        "images": images,
+        "size": 448,
+        "method": method,
+        "seed": seed,
+        "steps": 50,
+        "batch": 4,
+        "backbone": "vit_x",
+        "products": VIEWS,
+    }
     content = {
         split: {
             "setting": setting | {"split": split},
@@ -37,7 +44,9 @@ def write_run(folder, name, method, seed, values, preset="voc", splits=("train",
 @pytest.fixture
 def runs(tmp_path):
     for seed, (base, better) in enumerate([(50.0, 52.0), (60.0, 61.0), (55.0, 58.0)]):
-        write_run(tmp_path, f"toco-seed{seed}", "toco", seed, {"pseudo_label": base + 5, "segmentation": base})
+        write_run(
+            tmp_path, f"toco-seed{seed}", "toco", seed, {"pseudo_label": base + 5, "segmentation": base}
+        )
         if seed < 2:
             values = {"pseudo_label": better + 5, "segmentation": better, "segmentation_ms": better + 1}
             write_run(tmp_path, f"ssepa-seed{seed}", "ssepa", seed, values)
@@ -69,7 +78,10 @@ def test_the_result_on_the_most_images_counts(tmp_path):
     write_run(tmp_path, "ssepa-seed0", "ssepa", 0, {"segmentation": 50.0}, splits=["val"], images=100)
     path = tmp_path / "voc" / "ssepa-seed0" / "metrics.json"
     content = json.loads(path.read_text())
-    few = content["val"] | {"setting": content["val"]["setting"] | {"images": 10}, "miou": {"segmentation": 90.0}}
+    few = content["val"] | {
+        "setting": content["val"]["setting"] | {"images": 10},
+        "miou": {"segmentation": 90.0},
+    }
     path.write_text(json.dumps(content | {"val (10 images)": few}))
     runs = tables.collect_runs(tmp_path)
     assert runs[["split", "images", "segmentation"]].to_numpy().tolist() == [["val", 100, 50.0]]
@@ -79,7 +91,9 @@ def test_the_result_on_the_most_images_counts(tmp_path):
 
 def test_a_mean_over_seeds_is_over_the_same_images(tmp_path):
     for seed, images in enumerate((100, 100, 10)):
-        write_run(tmp_path, f"ssepa-seed{seed}", "ssepa", seed, {"segmentation": 50.0 + 20 * seed}, images=images)
+        write_run(
+            tmp_path, f"ssepa-seed{seed}", "ssepa", seed, {"segmentation": 50.0 + 20 * seed}, images=images
+        )
     row = tables.table_2(tables.collect_runs(tmp_path)).iloc[-1]
     assert row["val"] == "60.0 ± 14.1" and "val 100 images" in row["setting"] and "2 seeds" in row["setting"]
 
@@ -97,8 +111,12 @@ def test_summary_refuses_to_mix_splits(runs):
 
 
 def test_paired_differences_use_common_seeds_only(runs):
-    table = tables.paired_differences(runs[runs.split == "val"], "method", "toco", ["segmentation"]).set_index("method")
-    assert table.loc["ssepa", "segmentation"] == pytest.approx(1.5)  # (52 − 50, 61 − 60); the means differ by 1.5 ± 9
+    table = tables.paired_differences(
+        runs[runs.split == "val"], "method", "toco", ["segmentation"]
+    ).set_index("method")
+    assert table.loc["ssepa", "segmentation"] == pytest.approx(
+        1.5
+    )  # (52 − 50, 61 − 60); the means differ by 1.5 ± 9
     assert table.loc["ssepa", "segmentation_sd"] == pytest.approx(math.sqrt(0.5))
     assert table.loc["ssepa", "seeds"] == 2 and table.loc["toco", "segmentation"] == 0
     with pytest.raises(UserError, match="choose one of ssepa, toco"):
@@ -118,7 +136,12 @@ def test_markdown_by_hand():
 def test_published_rows_stand_without_runs():
     last = tables.table_3().iloc[-1]
     assert (last["pseudo-label (train)"], last["seg (val)"], last["seg (test)"]) == ("79.5", "72.4", "73.3")
-    assert [len(t()) for t in (tables.table_1, tables.table_2, tables.table_4, tables.table_5)] == [13, 20, 3, 6]
+    assert [len(t()) for t in (tables.table_1, tables.table_2, tables.table_4, tables.table_5)] == [
+        13,
+        20,
+        3,
+        6,
+    ]
     for table in (tables.table_1, tables.table_2, tables.table_3, tables.table_4, tables.table_5):
         assert set(table()["source"]) == {"published"}
     assert sorted(tables.NOTES) == [1, 2, 3, 4, 5]
@@ -127,7 +150,10 @@ def test_published_rows_stand_without_runs():
 def test_published_numbers_agree_between_tables():
     ours = tables.table_3().set_index("method").loc["SS-EPA (with Patch Affinity, HAAF)"]
     base = tables.table_5().iloc[-1]
-    assert ours["seg (val)"] == base["seg (val)"] == "72.4" and ours["seg (test)"] == base["seg (test)"] == "73.3"
+    assert (
+        ours["seg (val)"] == base["seg (val)"] == "72.4"
+        and ours["seg (test)"] == base["seg (test)"] == "73.3"
+    )
 
 
 def test_table_3_puts_ours_below_the_published_row(runs):
@@ -136,7 +162,9 @@ def test_table_3_puts_ours_below_the_published_row(runs):
     assert at["source"].tolist() == ["published", "this workbook (voc)", "this workbook (voc)"]
     assert at["seg (val)"].tolist() == ["72.4", "56.5 ± 6.4", "57.5 ± 6.4"]
     assert at["pseudo-label (train)"].tolist()[1] == "61.5 ± 6.4"
-    assert at["setting"].tolist()[1] == "scale 1; 448²; train 10 images; val 10 images; 50 steps of 4; 2 seeds"
+    assert (
+        at["setting"].tolist()[1] == "scale 1; 448²; train 10 images; val 10 images; 50 steps of 4; 2 seeds"
+    )
     assert at["setting"].tolist()[2] == "scales 1/1.5 + mirror; 448²; val 10 images; 50 steps of 4; 2 seeds"
     assert at["pseudo-label (train)"].tolist()[2] == "–"
     assert len(table[table["method"] == "ToCo"]) == 2  # no MS run, no row
@@ -151,7 +179,12 @@ def test_other_tables_take_our_runs(runs):
 def test_table_4_takes_measurements():
     columns = ["strategy", "batch", "gigabytes", "backbone", "setting"]
     measured = pd.DataFrame(
-        [("haaf_fused", 1, 2.31, "ViT-B", "H100"), ("all_heads", 1, 9.0, "ViT-B", "H100"),
-         ("all_heads", 2, 16.0, "ViT-B", "H100")], columns=columns)  # fmt: skip
+        [
+            ("haaf_fused", 1, 2.31, "ViT-B", "H100"),
+            ("all_heads", 1, 9.0, "ViT-B", "H100"),
+            ("all_heads", 2, 16.0, "ViT-B", "H100"),
+        ],
+        columns=columns,
+    )
     table = tables.table_4(measured)
     assert table["batch 1"].tolist()[3:] == ["9.0", "2.3"] and table["batch 2"].tolist()[3:] == ["16.0", "–"]

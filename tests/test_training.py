@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from ssepa_lib.data.datasets import build_dataset
+from ssepa_lib.data.views import train_loader
 from ssepa_lib.errors import UserError
 from ssepa_lib.methods.objectives import total_loss
 from ssepa_lib.recipe import load_recipe
 from ssepa_lib.training.trainer import Trainer, is_finished, learning_rate_factor, load_run, train
-from ssepa_lib.data.views import train_loader
 
 
 def weights(folder):
@@ -81,7 +81,12 @@ def test_training_learns_and_reports(tiny, tmp_path):
     folder = train(recipe, tmp_path / "run", on_step=rows.append)
     assert rows[-1]["cls"] < rows[0]["cls"]
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30] and rows[-1]["seconds_left"] == 0
-    assert {p.name for p in folder.iterdir()} == {"recipe.yaml", "history.csv", "state.pt", "weights.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {
+        "recipe.yaml",
+        "history.csv",
+        "state.pt",
+        "weights.safetensors",
+    }
     network, again = load_run(folder, "cpu")
     assert again == recipe and network.classes == build_dataset(recipe.data, "train").classes
 
@@ -190,15 +195,29 @@ def test_two_processes_have_the_gradient_of_one(tiny, tmp_path, steps, switch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-                f"--master_port={port}"]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+    ]
     for name, command in (("one", [sys.executable]), ("two", launcher)):
-        done = subprocess.run([*command, str(script), str(tmp_path / "recipe.yaml"), str(tmp_path / name)],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / "recipe.yaml"), str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path / n / "state.pt", weights_only=True)["optimizer"]["state"] for n in ("one", "two"))
+    one, two = (
+        torch.load(tmp_path / n / "state.pt", weights_only=True)["optimizer"]["state"] for n in ("one", "two")
+    )
     assert one.keys() == two.keys()
-    for index in one:  # Adam's first moment is a mean of the gradients; a second step starts from other roundings
+    for (
+        index
+    ) in one:  # Adam's first moment is a mean of the gradients; a second step starts from other roundings
         assert one[index]["step"] == two[index]["step"]
         mine, other = one[index]["exp_avg"], two[index]["exp_avg"]
         torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-6 if steps == 1 else 2e-5)

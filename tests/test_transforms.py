@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ssepa_lib.data.datasets import SegmentationDataset, ShapesDataset
-from ssepa_lib.errors import UserError
 from ssepa_lib.data.views import Batch, TrainViews, collate, eval_batches, train_loader
+from ssepa_lib.errors import UserError
 
 
 class Ramp(SegmentationDataset):
@@ -44,7 +44,8 @@ def plain(views):
 
 def same(a: Batch, b: Batch) -> bool:
     return a.id == b.id and all(
-        torch.equal(getattr(a, k), getattr(b, k)) for k in ("image", "box", "label", "global2", "local_source")
+        torch.equal(getattr(a, k), getattr(b, k))
+        for k in ("image", "box", "label", "global2", "local_source")
     )
 
 
@@ -125,7 +126,9 @@ def test_views_that_no_loss_needs_are_not_made(tiny):
 def test_terms_leave_the_training_image_alone(tiny):
     data, off = ShapesDataset("train", 4), {"losses.unc": 0.0, "losses.cer": 0.0}
     for views in ("toco", "fsr"):
-        with_terms, without = (TrainViews(data, tiny("fsr", **{"data.views": views} | terms)) for terms in ({}, off))
+        with_terms, without = (
+            TrainViews(data, tiny("fsr", **{"data.views": views} | terms)) for terms in ({}, off)
+        )
         for position in range(4):
             assert torch.equal(with_terms[position].image, without[position].image)
             assert not torch.equal(with_terms[position].image, with_terms[position].view2)

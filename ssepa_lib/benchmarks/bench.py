@@ -25,24 +25,39 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssepa_lib.benchmarks import naive_step as reference
-from ssepa_lib.evaluation.analysis import affinity_map_bytes, analytic_activation_bytes, peak_memory, saved_activation_bytes
-from ssepa_lib.labels.cam import multi_scale_cam, refine
-from ssepa_lib.labels.crf import crf_available, crf_pool
-from ssepa_lib.data.datasets import IGNORE, VOC_CLASSES, SegmentationDataset, ShapesDataset, VocDataset, classes_in
+from ssepa_lib.data.datasets import (
+    IGNORE,
+    VOC_CLASSES,
+    SegmentationDataset,
+    ShapesDataset,
+    VocDataset,
+    classes_in,
+)
+from ssepa_lib.data.shapes import render_scene
+from ssepa_lib.data.views import Batch, train_loader
 from ssepa_lib.device import describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.methods.losses import dense_energy
-from ssepa_lib.model.network import Network
-from ssepa_lib.methods.objectives import total_loss
-from ssepa_lib.paths import results_root, voc_root
-from ssepa_lib.labels.pseudo_labels import two_threshold_labels
-from ssepa_lib.recipe import Recipe, load_recipe
+from ssepa_lib.evaluation.analysis import (
+    affinity_map_bytes,
+    analytic_activation_bytes,
+    peak_memory,
+    saved_activation_bytes,
+)
+from ssepa_lib.labels.cam import multi_scale_cam, refine
+from ssepa_lib.labels.crf import crf_available, crf_pool
 from ssepa_lib.labels.par import PixelAdaptiveRefinement
-from ssepa_lib.data.shapes import render_scene
+from ssepa_lib.labels.pseudo_labels import two_threshold_labels
+from ssepa_lib.methods.losses import dense_energy
+from ssepa_lib.methods.objectives import total_loss
+from ssepa_lib.model.network import Network
+from ssepa_lib.paths import results_root, voc_root
+from ssepa_lib.recipe import Recipe, load_recipe
 from ssepa_lib.training.trainer import Trainer
-from ssepa_lib.data.views import Batch, train_loader
 
-BACKBONES = {True: "vit_base_patch16_224.orig_in21k_ft_in1k", False: "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
+BACKBONES = {
+    True: "vit_base_patch16_224.orig_in21k_ft_in1k",
+    False: "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+}
 # rows of the suite affinity: method and strategy
 FUSED = {"haaf_fused": ("ssepa", "haaf_fused"), "haaf_fused once per image": ("ssepa_fast", "haaf_fused")}
 STACKED = {"haaf_dense": ("ssepa", "haaf_dense"), "all_heads": ("ssepa", "all_heads")}
@@ -70,9 +85,18 @@ class Row:
 
 
 def make_row(
-    suite: str, name: str, setting: str, unit: str, value: float, reference: float | None = None, *,
-    ratio: float | None = None, gain: bool = True, target: str = "", **more,
-) -> Row:  # fmt: skip
+    suite: str,
+    name: str,
+    setting: str,
+    unit: str,
+    value: float,
+    reference: float | None = None,
+    *,
+    ratio: float | None = None,
+    gain: bool = True,
+    target: str = "",
+    **more,
+) -> Row:
     """A row with its ratio and, with a target such as "≥ 4" (ratio) or "≤ 5 ms" (value), whether that is met."""
     if ratio is None and reference is not None:
         ratio = reference / value if gain else value / reference
@@ -117,15 +141,24 @@ class Setup:
         return "" if self.quick else text
 
     def recipe(
-        self, method: str = "ssepa", *, batch: int = 4, strategy: str = "haaf_fused", depth: int = 0,
+        self,
+        method: str = "ssepa",
+        *,
+        batch: int = 4,
+        strategy: str = "haaf_fused",
+        depth: int = 0,
         checkpointing: bool = False,
-    ) -> Recipe:  # fmt: skip
+    ) -> Recipe:
         """A recipe at this setup's size with random weights."""
         settings = {
-            "model.backbone": BACKBONES[self.large], "model.weights": "none", "data.crop": self.side,
-            "data.batch": batch, "affinity.strategy": strategy, "train.device": self.device.type,
+            "model.backbone": BACKBONES[self.large],
+            "model.weights": "none",
+            "data.crop": self.side,
+            "data.batch": batch,
+            "affinity.strategy": strategy,
+            "train.device": self.device.type,
             "train.checkpointing": checkpointing,
-        }  # fmt: skip
+        }
         if self.quick:
             small = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 2}
             head = {"local_size": 32, "local_crops": 2, "hidden": 64, "bottleneck": 32, "outputs": 64}
@@ -141,7 +174,9 @@ class Setup:
         return f"{name}{f', {depth} blocks' if depth else ''}, {side or self.side}², batch {batch}"
 
     def dataset(self) -> SegmentationDataset:
-        return VocDataset(self.data, "train") if self.data else ShapesDataset("train", 64 if self.quick else 512)
+        return (
+            VocDataset(self.data, "train") if self.data else ShapesDataset("train", 64 if self.quick else 512)
+        )
 
     def pictures(self, count: int, side: int = 0) -> tuple[Tensor, Tensor]:
         """Images uint8 [count, 3, side, side] and masks uint8 [count, side, side] that fill the square."""
@@ -155,7 +190,9 @@ class Setup:
             items = [(item.image, item.mask) for item in map(self.dataset().__getitem__, range(count))]
         else:
             scenes = [render_scene("train", i, size=round(1.15 * side)) for i in range(count)]
-            items = [(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)) for image, mask in scenes]
+            items = [
+                (torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)) for image, mask in scenes
+            ]
         image = [F.interpolate(i[None].float(), (side, side), mode="area")[0].byte() for i, _ in items]
         mask = [F.interpolate(m[None, None].float(), (side, side))[0, 0].byte() for _, m in items]
         return torch.stack(image), torch.stack(mask)
@@ -197,13 +234,30 @@ def wait(device: torch.device) -> None:
 
 
 def _gain(suite, name, setting, ours, reference, **more) -> Row:
-    return make_row(suite, name, setting, "ms", 1e3 * statistics.median(ours), 1e3 * statistics.median(reference),
-                    ratio=pairwise(reference, ours), **more)  # fmt: skip
+    return make_row(
+        suite,
+        name,
+        setting,
+        "ms",
+        1e3 * statistics.median(ours),
+        1e3 * statistics.median(reference),
+        ratio=pairwise(reference, ours),
+        **more,
+    )
 
 
 def _overhead(suite, name, setting, ours, reference, **more) -> Row:
-    return make_row(suite, name, setting, "ms", 1e3 * statistics.median(ours), 1e3 * statistics.median(reference),
-                    ratio=pairwise(ours, reference), gain=False, **more)  # fmt: skip
+    return make_row(
+        suite,
+        name,
+        setting,
+        "ms",
+        1e3 * statistics.median(ours),
+        1e3 * statistics.median(reference),
+        ratio=pairwise(ours, reference),
+        gain=False,
+        **more,
+    )
 
 
 def count_flops(function: Callable[[], object]) -> int:
@@ -228,7 +282,9 @@ def step_bytes(trainer: Trainer, batch: Batch) -> int:
     """Peak of a step that has run before: weights, optimiser state, and the most that a step adds to them."""
     trainer.optimizer.zero_grad(set_to_none=True)
     fixed = [*trainer.network.parameters(), *trainer.network.buffers(), *trainer.objectives.parameters()]
-    fixed += [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    fixed += [
+        x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
+    ]
     return sum(x.nbytes for x in fixed) + peak_memory(partial(dense_step, trainer, batch), trainer.device)
 
 
@@ -241,9 +297,16 @@ def encoder_bytes(trainer: Trainer, batch: int) -> int:
     for images, side in ((batch, recipe.data.crop), (batch, recipe.data.crop), local):
         tokens = prod(backbone.grid(side, side)) + backbone.prefix
         terms = analytic_activation_bytes(
-            images, tokens, backbone.width, backbone.depth, backbone.heads, prefix=backbone.prefix,
-            pixels=3 * side**2, mlp_ratio=hidden / backbone.width, value=2 if trainer.bf16 else 4,
-        )  # fmt: skip
+            images,
+            tokens,
+            backbone.width,
+            backbone.depth,
+            backbone.heads,
+            prefix=backbone.prefix,
+            pixels=3 * side**2,
+            mlp_ratio=hidden / backbone.width,
+            value=2 if trainer.bf16 else 4,
+        )
         copies = terms.pop("weight copies", 0)  # one set serves all passes
         total += sum(terms.values())
     return total + copies
@@ -264,7 +327,10 @@ def _overheads(
 ) -> Iterator[Row]:
     """Memory and time of the steps of a group, with their targets; its networks are gone with the last row."""
     batch, setting = setup.batch(size), setup.describe(size)
-    recipes = {name: setup.recipe(method, batch=size, strategy=strategy) for name, (method, strategy) in group.items()}
+    recipes = {
+        name: setup.recipe(method, batch=size, strategy=strategy)
+        for name, (method, strategy) in group.items()
+    }
     recipes["none"] = setup.recipe("toco", batch=size)
     trainers = {name: Trainer(recipe, VOC_CLASSES, setup.device) for name, recipe in recipes.items()}
     steps = {name: partial(dense_step, trainer, batch) for name, trainer in trainers.items()}
@@ -275,22 +341,51 @@ def _overheads(
     tokens = prod(backbone.grid(side, side)) + backbone.prefix
     for name, (_, strategy) in group.items():
         maps = affinity_map_bytes(2 * size, tokens, backbone.depth, backbone.heads, strategy)
-        yield make_row("affinity", f"peak memory of a step, {name}", setting, "MB", peaks[name] / MB,
-                       peaks["none"] / MB, gain=False, target=setup.target(memory_target), floor_bytes=maps,
-                       note="floor: the stack of maps at scale 1.5 with mirror")  # fmt: skip
-        yield _overhead("affinity", f"step time, {name}", setting, seconds[name], seconds["none"],
-                        target=setup.target(time_target), flops=count_flops(steps[name]))  # fmt: skip
+        yield make_row(
+            "affinity",
+            f"peak memory of a step, {name}",
+            setting,
+            "MB",
+            peaks[name] / MB,
+            peaks["none"] / MB,
+            gain=False,
+            target=setup.target(memory_target),
+            floor_bytes=maps,
+            note="floor: the stack of maps at scale 1.5 with mirror",
+        )
+        yield _overhead(
+            "affinity",
+            f"step time, {name}",
+            setting,
+            seconds[name],
+            seconds["none"],
+            target=setup.target(time_target),
+            flops=count_flops(steps[name]),
+        )
     if "haaf_fused" in group:
-        kept = {name: saved_activation_bytes(partial(_dense_loss, t, batch), t.network, t.objectives)
-                for name, t in trainers.items() if name in ("haaf_fused", "none")}  # fmt: skip
-        yield make_row("affinity", "kept for the backward pass, haaf_fused", setting, "MB", kept["haaf_fused"] / MB,
-                       kept["none"] / MB, gain=False, floor_bytes=encoder_bytes(trainers["haaf_fused"], size),
-                       note="floor: the encoder's passes by formula")  # fmt: skip
+        kept = {
+            name: saved_activation_bytes(partial(_dense_loss, t, batch), t.network, t.objectives)
+            for name, t in trainers.items()
+            if name in ("haaf_fused", "none")
+        }
+        yield make_row(
+            "affinity",
+            "kept for the backward pass, haaf_fused",
+            setting,
+            "MB",
+            kept["haaf_fused"] / MB,
+            kept["none"] / MB,
+            gain=False,
+            floor_bytes=encoder_bytes(trainers["haaf_fused"], size),
+            note="floor: the encoder's passes by formula",
+        )
 
 
 def step(setup: Setup) -> Iterator[Row]:
     """The reference-style step against ours, whole and by parts."""
-    size = 1 if setup.full and not setup.gpu else 4  # the reference keeps 1.9 GB per image at the published size
+    size = (
+        1 if setup.full and not setup.gpu else 4
+    )  # the reference keeps 1.9 GB per image at the published size
     batch, setting, recipe = setup.batch(size), setup.describe(size), setup.recipe(batch=size)
     ours = Trainer(recipe, VOC_CLASSES, setup.device)
     exact = reference.ReferenceTrainer(recipe, VOC_CLASSES, setup.device)
@@ -301,18 +396,55 @@ def step(setup: Setup) -> Iterator[Row]:
     seconds = interleaved(steps, setup)
     flops = count_flops(steps["ours"])
     least = "≥ 5" if setup.gpu else "≥ 2"
-    yield _gain("step", "step time, reference style", setting, seconds["ours"], seconds["exact"],
-                target=setup.target(least), flops=flops, note="reference: exact filter on the processor")  # fmt: skip
-    yield _gain("step", "step time, reference style with our energy filter", setting, seconds["ours"], seconds["fast"],
-                flops=flops, note="the same without the cost of the exact filter")  # fmt: skip
+    yield _gain(
+        "step",
+        "step time, reference style",
+        setting,
+        seconds["ours"],
+        seconds["exact"],
+        target=setup.target(least),
+        flops=flops,
+        note="reference: exact filter on the processor",
+    )
+    yield _gain(
+        "step",
+        "step time, reference style with our energy filter",
+        setting,
+        seconds["ours"],
+        seconds["fast"],
+        flops=flops,
+        note="the same without the cost of the exact filter",
+    )
     peaks = {name: step_bytes(trainer, batch) / MB for name, trainer in trainers.items() if name != "exact"}
-    yield make_row("step", "peak memory of a step", setting, "MB", peaks["ours"], peaks["fast"],
-                   target=setup.target("≥ 2"), floor_bytes=encoder_bytes(ours, size),
-                   note="floor: the encoder's passes by formula")  # fmt: skip
-    yield make_row("step", "peak memory of a step, blocks recomputed", setting, "MB", peaks["lean"], peaks["fast"],
-                   target=setup.target("≥ 2"), note="train.checkpointing, the same numbers")  # fmt: skip
-    yield _overhead("step", "step time, blocks recomputed", setting, seconds["lean"], seconds["ours"],
-                    note="reference: without recomputing")  # fmt: skip
+    yield make_row(
+        "step",
+        "peak memory of a step",
+        setting,
+        "MB",
+        peaks["ours"],
+        peaks["fast"],
+        target=setup.target("≥ 2"),
+        floor_bytes=encoder_bytes(ours, size),
+        note="floor: the encoder's passes by formula",
+    )
+    yield make_row(
+        "step",
+        "peak memory of a step, blocks recomputed",
+        setting,
+        "MB",
+        peaks["lean"],
+        peaks["fast"],
+        target=setup.target("≥ 2"),
+        note="train.checkpointing, the same numbers",
+    )
+    yield _overhead(
+        "step",
+        "step time, blocks recomputed",
+        setting,
+        seconds["lean"],
+        seconds["ours"],
+        note="reference: without recomputing",
+    )
     yield _kept(setup, recipe, setting)
     if not setup.large and not setup.quick:
         changes = {"model.weights": "none", "data.batch": 1, "train.device": setup.device.type}
@@ -322,8 +454,15 @@ def step(setup: Setup) -> Iterator[Row]:
         plain = interleaved({"early": lambda: (setattr(ours, "index", 0), ours.step(batch))}, setup)["early"]
         switch = recipe.losses.switch
         mean = switch * statistics.median(plain) + (1 - switch) * statistics.median(seconds["ours"])
-        yield make_row("step", "20 000 steps", setting, "min", 20000 * mean / 60, target="≤ 20 min",
-                       note=f"{1 / mean:.1f} steps/s without loading")  # fmt: skip
+        yield make_row(
+            "step",
+            "20 000 steps",
+            setting,
+            "min",
+            20000 * mean / 60,
+            target="≤ 20 min",
+            note=f"{1 / mean:.1f} steps/s without loading",
+        )
 
 
 def _kept(setup: Setup, recipe: Recipe, setting: str) -> Row:
@@ -331,14 +470,26 @@ def _kept(setup: Setup, recipe: Recipe, setting: str) -> Row:
     batch, kept = setup.batch(recipe.data.batch, recipe.data.crop), []
     makers = Trainer, partial(reference.ReferenceTrainer, exact_energy=False)
     for trainer in (make(recipe, VOC_CLASSES, setup.device) for make in makers):
-        kept.append(saved_activation_bytes(partial(_dense_loss, trainer, batch), trainer.network, trainer.objectives))
+        kept.append(
+            saved_activation_bytes(partial(_dense_loss, trainer, batch), trainer.network, trainer.objectives)
+        )
     ours, theirs = (count / MB for count in kept)
     note = f"{precision(recipe.train.precision, setup.device)}, reference fp32"
-    return make_row("step", "kept for the backward pass of a step", setting, "MB", ours, theirs,
-                    target=setup.target("≥ 2"), note=note)  # fmt: skip
+    return make_row(
+        "step",
+        "kept for the backward pass of a step",
+        setting,
+        "MB",
+        ours,
+        theirs,
+        target=setup.target("≥ 2"),
+        note=note,
+    )
 
 
-def _parts(setup: Setup, ours: Trainer, theirs: Trainer, batch: Batch, setting: str, whole: float) -> Iterator[Row]:
+def _parts(
+    setup: Setup, ours: Trainer, theirs: Trainer, batch: Batch, setting: str, whole: float
+) -> Iterator[Row]:
     """CAM, labels, energy and encoder alone, each with its share of the whole step."""
     config, cams = ours.recipe.cam, []
 
@@ -356,8 +507,16 @@ def _parts(setup: Setup, ours: Trainer, theirs: Trainer, batch: Batch, setting: 
         (first.segmentation.sum() + first.scores.sum() + other.sum() + local.sum()).backward()
 
     cam()
-    labels = partial(two_threshold_labels, batch.image, cams[0].best, batch.label, batch.box, ours.par, config.high,
-                     config.low)  # fmt: skip
+    labels = partial(
+        two_threshold_labels,
+        batch.image,
+        cams[0].best,
+        batch.label,
+        batch.box,
+        ours.par,
+        config.high,
+        config.low,
+    )
     target, logits = labels(), _logits(setup.pictures(len(batch.image))[1])
 
     def energy(device: torch.device) -> None:
@@ -365,13 +524,17 @@ def _parts(setup: Setup, ours: Trainer, theirs: Trainer, batch: Batch, setting: 
         dense_energy(batch.image.to(device), x, target.to(device), batch.box.to(device)).backward()
 
     pairs = {
-        "multi-scale CAM with affinity": (cam, lambda: reference.reference_cam(
-            theirs.network, batch.image, batch.label, config, affinity=True)),
-        "two-threshold labels": (labels, lambda: reference.reference_labels(
-            batch.image, cams[0].best, batch.label, batch.box, config)),
+        "multi-scale CAM with affinity": (
+            cam,
+            lambda: reference.reference_cam(theirs.network, batch.image, batch.label, config, affinity=True),
+        ),
+        "two-threshold labels": (
+            labels,
+            lambda: reference.reference_labels(batch.image, cams[0].best, batch.label, batch.box, config),
+        ),
         "dense energy": (partial(energy, setup.device), partial(energy, torch.device("cpu"))),
         "encoder, forward and backward of three passes": (encoder, None),
-    }  # fmt: skip
+    }
     for name, (new, old) in pairs.items():
         seconds = interleaved({"ours": new} | ({"reference": old} if old else {}), setup)
         note = f"{statistics.median(seconds['ours']) / whole:.0%} of the step"
@@ -401,19 +564,37 @@ def par(setup: Setup) -> Iterator[Row]:
     setting = f"{channels} channels, {side}², batch {size}"
     moved = 4 * pixels * (neighbours + config.par_iterations * (neighbours + 2 * channels))
     seconds = interleaved({"ours": ours, "theirs": theirs}, setup)
-    yield _gain("par", "PAR time", setting, seconds["ours"], seconds["theirs"], target=setup.target("≥ 4"),
-                floor_bytes=moved, flops=2 * neighbours * channels * pixels * config.par_iterations,
-                note="floor: weights written once, read with the scores in each iteration")  # fmt: skip
-    yield make_row("par", "PAR peak memory", setting, "MB", peak_memory(ours, setup.device) / MB,
-                   peak_memory(theirs, setup.device) / MB, floor_bytes=4 * pixels * (neighbours + channels),
-                   note="floor: weights and scores")  # fmt: skip
+    yield _gain(
+        "par",
+        "PAR time",
+        setting,
+        seconds["ours"],
+        seconds["theirs"],
+        target=setup.target("≥ 4"),
+        floor_bytes=moved,
+        flops=2 * neighbours * channels * pixels * config.par_iterations,
+        note="floor: weights written once, read with the scores in each iteration",
+    )
+    yield make_row(
+        "par",
+        "PAR peak memory",
+        setting,
+        "MB",
+        peak_memory(ours, setup.device) / MB,
+        peak_memory(theirs, setup.device) / MB,
+        floor_bytes=4 * pixels * (neighbours + channels),
+        note="floor: weights and scores",
+    )
     label = torch.stack([classes_in(m.cpu(), len(VOC_CLASSES)) for m in mask]).to(setup.device)
     cam = torch.rand(size, len(VOC_CLASSES), side, side, device=setup.device) * label[:, :, None, None]
     box = torch.tensor([[0, side, 0, side]] * size, device=setup.device)
-    seconds = interleaved({
-        "ours": lambda: two_threshold_labels(image, cam, label, box, module, config.high, config.low),
-        "theirs": lambda: reference.reference_labels(image, cam, label, box, config),
-    }, setup)  # fmt: skip
+    seconds = interleaved(
+        {
+            "ours": lambda: two_threshold_labels(image, cam, label, box, module, config.high, config.low),
+            "theirs": lambda: reference.reference_labels(image, cam, label, box, config),
+        },
+        setup,
+    )
     setting = f"{len(VOC_CLASSES)} classes, {side}², batch {size}"
     yield _gain("par", "two-threshold labels, time", setting, seconds["ours"], seconds["theirs"])
 
@@ -435,17 +616,34 @@ def energy(setup: Setup) -> Iterator[Row]:
     errors = []
     for i in range(count):
         (value, gradient), (true_value, true_gradient) = run(i, False), run(i, True)
-        errors.append([((value - true_value) / true_value).abs().item(),
-                       ((gradient - true_gradient).norm() / true_gradient.norm()).item()])  # fmt: skip
+        errors.append(
+            [
+                ((value - true_value) / true_value).abs().item(),
+                ((gradient - true_gradient).norm() / true_gradient.norm()).item(),
+            ]
+        )
     for name, column in zip(("value", "gradient"), zip(*errors, strict=True), strict=True):
-        yield make_row("energy", f"relative error of the {name}", setting, "%", 100 * max(column),
-                       target=setup.target("≤ 2 %"), note=f"largest of {count} images; mean "
-                       f"{100 * statistics.mean(column):.2f} %")  # fmt: skip
+        yield make_row(
+            "energy",
+            f"relative error of the {name}",
+            setting,
+            "%",
+            100 * max(column),
+            target=setup.target("≤ 2 %"),
+            note=f"largest of {count} images; mean {100 * statistics.mean(column):.2f} %",
+        )
     seconds = interleaved({"fast": lambda: run(0, False), "exact": lambda: run(0, True)}, setup)
     pixels = (side // 2) ** 2
-    yield _gain("energy", "energy and gradient of one image", setting, seconds["fast"], seconds["exact"],
-                target=setup.target("≤ 5 ms") if setup.gpu else "", floor_bytes=4 * pixels * (3 + 3 * 21),
-                note="floor: image, probabilities, filtered values and gradient once")  # fmt: skip
+    yield _gain(
+        "energy",
+        "energy and gradient of one image",
+        setting,
+        seconds["fast"],
+        seconds["exact"],
+        target=setup.target("≤ 5 ms") if setup.gpu else "",
+        floor_bytes=4 * pixels * (3 + 3 * 21),
+        note="floor: image, probabilities, filtered values and gradient once",
+    )
 
 
 def idle_share(setup: Setup, workers: int, steps: int) -> float:
@@ -471,8 +669,16 @@ def loader(setup: Setup) -> Iterator[Row]:
     workers, steps = (8 if setup.gpu else 2), (4 if setup.quick else 60 if setup.gpu else 15)
     alone, shared = idle_share(setup, 0, max(4, steps // 4)), idle_share(setup, workers, steps)
     setting = f"{setup.describe(4)}, {'VOC' if setup.data else 'built-in scenes'}, {workers} workers"
-    yield make_row("loader", "device idle share", setting, "%", 100 * shared, 100 * alone,
-                   target=setup.target("≤ 5 %"), note="reference: no worker")  # fmt: skip
+    yield make_row(
+        "loader",
+        "device idle share",
+        setting,
+        "%",
+        100 * shared,
+        100 * alone,
+        target=setup.target("≤ 5 %"),
+        note="reference: no worker",
+    )
 
 
 def crf(setup: Setup) -> Iterator[Row]:
@@ -485,10 +691,19 @@ def crf(setup: Setup) -> Iterator[Row]:
     probabilities = random.dirichlet(np.ones(classes), (side, side)).transpose(2, 0, 1).astype(np.float32)
     jobs = [(images[i % len(images)].permute(1, 2, 0).numpy().copy(), probabilities, i) for i in range(count)]
     once = Setup(setup.device, True, seconds=0)
-    seconds = interleaved({"all": lambda: list(crf_pool(jobs, cores)), "one": lambda: list(crf_pool(jobs, 1))}, once)
+    seconds = interleaved(
+        {"all": lambda: list(crf_pool(jobs, cores)), "one": lambda: list(crf_pool(jobs, 1))}, once
+    )
     target = setup.target(f"≥ {0.8 * cores:.1f}") if cores > 1 else ""
-    yield _gain("crf", f"CRF by {cores} processes", f"{count} images, {side}², {classes} classes", seconds["all"],
-                seconds["one"], target=target, note="start of the processes included")  # fmt: skip
+    yield _gain(
+        "crf",
+        f"CRF by {cores} processes",
+        f"{count} images, {side}², {classes} classes",
+        seconds["all"],
+        seconds["one"],
+        target=target,
+        note="start of the processes included",
+    )
 
 
 def scaling(setup: Setup) -> Iterator[Row]:
@@ -517,15 +732,38 @@ def scaling(setup: Setup) -> Iterator[Row]:
         both = {"with": lambda: run(True).backward(), "without": lambda: run(False).backward()}
         seconds, backbone = interleaved(both, setup), network.backbone
         tokens = prod(backbone.grid(side, side)) + backbone.prefix
-        formula = analytic_activation_bytes(size, tokens, backbone.width, backbone.depth, backbone.heads,
-                                            pixels=3 * side**2, value=2 if bf16 else 4)  # fmt: skip
+        formula = analytic_activation_bytes(
+            size,
+            tokens,
+            backbone.width,
+            backbone.depth,
+            backbone.heads,
+            pixels=3 * side**2,
+            value=2 if bf16 else 4,
+        )
         setting = setup.describe(size, side, backbone.depth)
         at = {"side": side, "batch": size, "depth": backbone.depth}
-        yield _overhead("scaling", "forward and backward, haaf_fused", setting, seconds["with"], seconds["without"],
-                        flops=count_flops(both["with"]), at=at)  # fmt: skip
+        yield _overhead(
+            "scaling",
+            "forward and backward, haaf_fused",
+            setting,
+            seconds["with"],
+            seconds["without"],
+            flops=count_flops(both["with"]),
+            at=at,
+        )
         peaks = [peak_memory(function, setup.device) / MB for function in both.values()]
-        yield make_row("scaling", "peak of forward and backward, haaf_fused", setting, "MB", *peaks, gain=False,
-                       floor_bytes=sum(formula.values()), at=at, note="floor: the encoder by formula")  # fmt: skip
+        yield make_row(
+            "scaling",
+            "peak of forward and backward, haaf_fused",
+            setting,
+            "MB",
+            *peaks,
+            gain=False,
+            floor_bytes=sum(formula.values()),
+            at=at,
+            note="floor: the encoder by formula",
+        )
 
 
 SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
@@ -536,13 +774,17 @@ SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
 def machine(device: torch.device) -> dict[str, object]:
     """What the numbers were measured on."""
     return {
-        "device": describe_device(device), "type": device.type, "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(), "precision": precision("auto", device),
+        "device": describe_device(device),
+        "type": device.type,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "precision": precision("auto", device),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(), "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
         **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
-    }  # fmt: skip
+    }
 
 
 def measure(suite: str, setup: Setup, until: float = float("inf")) -> Iterator[Row]:
@@ -557,19 +799,38 @@ def measure(suite: str, setup: Setup, until: float = float("inf")) -> Iterator[R
 
 
 def _number(value: float | None, unit: str = "") -> str:
-    return "" if value is None else f"{value:,.4g} {unit}".rstrip() if value < 1e4 else f"{value:,.0f} {unit}".rstrip()
+    return (
+        ""
+        if value is None
+        else f"{value:,.4g} {unit}".rstrip()
+        if value < 1e4
+        else f"{value:,.0f} {unit}".rstrip()
+    )
 
 
 def to_markdown(rows: list[Row]) -> str:
     """Rows as one table."""
-    lines = ["| suite | what | setting | value | reference | ratio | target | met | floor | note |", "|---" * 10 + "|"]
+    lines = [
+        "| suite | what | setting | value | reference | ratio | target | met | floor | note |",
+        "|---" * 10 + "|",
+    ]
     for r in rows:
         ratio = "" if r.ratio is None else f"{r.ratio:.3g}× ({r.ratio_of})"
         floor = [f"{r.floor_bytes / MB:,.4g} MB"] if r.floor_bytes is not None else []
         floor += [f"{r.flops / 1e9:,.4g} GFLOP"] if r.flops else []
         met = {None: "", True: "yes", False: "no"}[r.met]
-        cells = (r.suite, r.name, r.setting, _number(r.value, r.unit), _number(r.reference, r.unit), ratio, r.target,
-                 met, ", ".join(floor), r.note)  # fmt: skip
+        cells = (
+            r.suite,
+            r.name,
+            r.setting,
+            _number(r.value, r.unit),
+            _number(r.reference, r.unit),
+            ratio,
+            r.target,
+            met,
+            ", ".join(floor),
+            r.note,
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -582,7 +843,9 @@ def open_setup(
     found = (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation" / "train.txt").is_file()
     if data and not found:
         raise UserError(f"{data} holds no VOC 2012 data; name the folder with JPEGImages/ and ImageSets/.")
-    return Setup(resolve_device(device), quick, root if found and not (quick and not data) else None, seconds, full)
+    return Setup(
+        resolve_device(device), quick, root if found and not (quick and not data) else None, seconds, full
+    )
 
 
 def run_suites(
@@ -609,12 +872,18 @@ def run_suites(
     setup = open_setup(device, quick=quick, full=full)
     out = out or results_root() / "bench"
     out.mkdir(parents=True, exist_ok=True)
-    report, rows = {"machine": machine(setup.device), "quick": quick, "data": "VOC" if setup.data else "built-in"}, []
+    report, rows = (
+        {"machine": machine(setup.device), "quick": quick, "data": "VOC" if setup.data else "built-in"},
+        [],
+    )
     print(" ".join(f"{key} {value}," for key, value in report["machine"].items()).rstrip(","), flush=True)
     for name in suites or SUITES:
         found = list(measure(name, setup))
         rows += found
-        print(to_markdown(found) if found else f"{name}: needs pydensecrf2, which is not installed.\n", flush=True)
+        print(
+            to_markdown(found) if found else f"{name}: needs pydensecrf2, which is not installed.\n",
+            flush=True,
+        )
         write_report(out, "bench", report | {"rows": [asdict(row) for row in rows]}, rows)
     return 0
 

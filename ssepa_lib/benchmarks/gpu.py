@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from ssepa_lib.benchmarks import bench
-from ssepa_lib.model.affinity import PatchAffinity
 from ssepa_lib.benchmarks.bench import Row, Setup
-from ssepa_lib.methods.bilateral import bilateral_filter
 from ssepa_lib.data.datasets import VOC_CLASSES, build_dataset
+from ssepa_lib.data.views import train_loader
 from ssepa_lib.errors import UserError
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.methods.bilateral import bilateral_filter
 from ssepa_lib.methods.losses import SIGMA_RGB, SIGMA_XY
+from ssepa_lib.model.affinity import PatchAffinity
 from ssepa_lib.model.network import Network, build_network
 from ssepa_lib.recipe import Recipe, load_recipe
-from ssepa_lib.labels.par import PixelAdaptiveRefinement
 from ssepa_lib.training.trainer import Trainer, load_run, train
-from ssepa_lib.data.views import train_loader
 
 SHARES = {"checks": 0.08, "par": 0.04, "energy": 0.06, "affinity": 0.14, "step": 0.16, "scaling": 0.12}
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -66,9 +66,15 @@ def _affinity_checks(setup: Setup) -> Iterator[Check]:
     for kind, out, tolerance in (("float32", plain, 1e-4), ("bfloat16", half, 2e-2)):
         tokens = out.affinity.queries, out.affinity.keys, out.affinity.prefix
         for source in ("softmax", "logits"):
-            fused, dense = (PatchAffinity(*tokens, weigh=network.haaf, source=source, strategy=s) @ cam
-                            for s in ("haaf_fused", "haaf_dense"))  # fmt: skip
-            yield Check(f"affinity of {source} in {kind}: fused against dense", relative_error(fused, dense), tolerance)
+            fused, dense = (
+                PatchAffinity(*tokens, weigh=network.haaf, source=source, strategy=s) @ cam
+                for s in ("haaf_fused", "haaf_dense")
+            )
+            yield Check(
+                f"affinity of {source} in {kind}: fused against dense",
+                relative_error(fused, dense),
+                tolerance,
+            )
     yield Check("scores: bfloat16 against float32", relative_error(half.scores, plain.scores), 5e-2)
     yield Check("CAM: bfloat16 against float32", relative_error(half.cam, plain.cam), 5e-2)
 
@@ -77,7 +83,9 @@ def _toy_step(device: str, **train_settings) -> tuple[dict[str, Tensor], Network
     """Loss terms of one step of the toy network on a device, and the network with its gradients."""
     small = Setup(torch.device(device), quick=True)
     recipe = small.recipe()
-    trainer = Trainer(replace(recipe, train=replace(recipe.train, **train_settings)), VOC_CLASSES, small.device)
+    trainer = Trainer(
+        replace(recipe, train=replace(recipe.train, **train_settings)), VOC_CLASSES, small.device
+    )
     trainer.index = recipe.switch_step
     terms = trainer.terms(small.batch(4))
     sum(terms.values()).backward()
@@ -98,23 +106,33 @@ def _checks(setup: Setup) -> Iterator[Check]:
     exact, fast = (bilateral_filter(image, values, SIGMA_XY, SIGMA_RGB, exact=e) for e in (True, False))
     yield Check("energy filter: fast against exact", relative_error(fast, exact), 2e-2)
     small, few = image[:, :, :64, :64], values[:, :, :64, :64]
-    here, there = (bilateral_filter(small.to(d), few.to(d), SIGMA_XY, SIGMA_RGB, exact=True)
-                   for d in (setup.device, "cpu"))  # fmt: skip
+    here, there = (
+        bilateral_filter(small.to(d), few.to(d), SIGMA_XY, SIGMA_RGB, exact=True)
+        for d in (setup.device, "cpu")
+    )
     yield Check("exact energy filter: this device against the processor", relative_error(here, there), 1e-4)
     config = setup.recipe().cam
     par = PixelAdaptiveRefinement(config.par_dilations, config.par_iterations)
     there = par(image.cpu(), values.cpu())
     yield Check(
-        "PAR: this device against the processor", relative_error(par.to(setup.device)(image, values), there), 1e-4
+        "PAR: this device against the processor",
+        relative_error(par.to(setup.device)(image, values), there),
+        1e-4,
     )
     here = setup.device.type
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # a threshold can magnify TF32's rounding
+    with torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    ):  # a threshold can magnify TF32's rounding
         terms, network = _toy_step(here, precision="fp32")
         there = _toy_step("cpu", precision="fp32")[0]
         again = _toy_step(here, precision="fp32", checkpointing=True)[1]
     for name, value in there.items():
-        yield Check(f"loss term {name}: this device against the processor", relative_error(terms[name], value), 2e-2)
-    yield Check("gradient: checkpointing against none", relative_error(_gradient(again), _gradient(network)), 1e-4)
+        yield Check(
+            f"loss term {name}: this device against the processor", relative_error(terms[name], value), 2e-2
+        )
+    yield Check(
+        "gradient: checkpointing against none", relative_error(_gradient(again), _gradient(network)), 1e-4
+    )
     half = _toy_step(here, precision="bf16")[1]
     trained = {name for name, p in network.named_parameters() if p.grad is not None}
     lost = trained - {name for name, p in half.named_parameters() if p.grad is not None}
@@ -125,13 +143,24 @@ def _training_recipe(method: str, setup: Setup, weights: Path | None, dry_run: b
     """ViT-Tiny at 448² on VOC, or the built-in data with its micro ViT."""
     settings = {"train.device": setup.device.type, "data.workers": 0 if dry_run else 8, "train.log_every": 5}
     if dry_run:
-        settings |= {"data.crop": 64, "data.eval_size": 64, "data.batch": 2, "data.val_images": 4,
-                     "contrast.local_size": 32, "contrast.local_crops": 2, "model.weights": "none"}  # fmt: skip
+        settings |= {
+            "data.crop": 64,
+            "data.eval_size": 64,
+            "data.batch": 2,
+            "data.val_images": 4,
+            "contrast.local_size": 32,
+            "contrast.local_crops": 2,
+            "model.weights": "none",
+        }
     if setup.data is None:
         return load_recipe(f"shapes/{method}", settings)
     file = weights / f"{TINY}.safetensors" if weights else None
-    folders = {"data.root": str(setup.data), "data.train_split": "train", "data.val_images": 200,
-               "model.weights": str(file) if file and file.is_file() else "none"}  # fmt: skip
+    folders = {
+        "data.root": str(setup.data),
+        "data.train_split": "train",
+        "data.val_images": 200,
+        "model.weights": str(file) if file and file.is_file() else "none",
+    }
     return load_recipe(f"voc/{method}/vit_tiny", folders | settings)
 
 
@@ -197,19 +226,31 @@ def _figures(out: Path, rows: list[Row], training: list[dict]) -> list[str]:
         return []
     figures.use_style()
     drawn = {}
-    memory = [{"strategy": r.name.split(", ")[1], "batch": int(r.setting[-1]), "gigabytes": r.value / 1e3}
-              for r in rows if r.suite == "affinity" and r.name.startswith("peak memory")]  # fmt: skip
-    memory += [{"strategy": "none", "batch": int(r.setting[-1]), "gigabytes": r.reference / 1e3}
-               for r in rows if r.name == "peak memory of a step, haaf_fused"]  # fmt: skip
+    memory = [
+        {"strategy": r.name.split(", ")[1], "batch": int(r.setting[-1]), "gigabytes": r.value / 1e3}
+        for r in rows
+        if r.suite == "affinity" and r.name.startswith("peak memory")
+    ]
+    memory += [
+        {"strategy": "none", "batch": int(r.setting[-1]), "gigabytes": r.reference / 1e3}
+        for r in rows
+        if r.name == "peak memory of a step, haaf_fused"
+    ]
     if memory:
         drawn["memory"] = figures.memory_bars(pd.DataFrame(memory)).figure
     sizes = [r for r in rows if r.at and r.at["batch"] == 1]
     sizes = [r for r in sizes if r.at["depth"] == sizes[0].at["depth"]]
     for unit, label in (("ms", "forward and backward, ms"), ("MB", "peak memory, MB")):
-        points = [{"side": r.at["side"], unit: y, "affinity": name} for r in sizes if r.unit == unit
-                  for name, y in (("haaf_fused", r.value), ("none", r.reference))]  # fmt: skip
+        points = [
+            {"side": r.at["side"], unit: y, "affinity": name}
+            for r in sizes
+            if r.unit == unit
+            for name, y in (("haaf_fused", r.value), ("none", r.reference))
+        ]
         if points:
-            ax = figures.scaling_curves(pd.DataFrame(points), "side", unit, "affinity", ("image side, pixels", label))
+            ax = figures.scaling_curves(
+                pd.DataFrame(points), "side", unit, "affinity", ("image side, pixels", label)
+            )
             drawn[f"scaling_{unit}"] = ax.figure
     histories = {t["recipe"]: pd.DataFrame(t["history"]).apply(pd.to_numeric) for t in training}
     if histories:
@@ -218,7 +259,12 @@ def _figures(out: Path, rows: list[Row], training: list[dict]) -> list[str]:
 
 
 def run_gpu(
-    out: Path, minutes: float = 9.0, *, data: Path | None = None, weights: Path | None = None, dry_run: bool = False
+    out: Path,
+    minutes: float = 9.0,
+    *,
+    data: Path | None = None,
+    weights: Path | None = None,
+    dry_run: bool = False,
 ) -> int:
     """Check, measure and train on this machine's GPU; write `gpu.json`, `gpu.md` and figures to `out`.
 
@@ -236,15 +282,26 @@ def run_gpu(
         UserError: there is no GPU (without `dry_run`), or `data` holds no VOC.
     """
     if not dry_run and not torch.cuda.is_available():
-        raise UserError("no CUDA GPU is usable here; run this on a machine with one, or add --dry-run to try the path.")
+        raise UserError(
+            "no CUDA GPU is usable here; run this on a machine with one, or add --dry-run to try the path."
+        )
     out, minutes = Path(out), float("inf") if dry_run else minutes
     until = time.perf_counter() + 60 * minutes
     setup = bench.open_setup("cpu" if dry_run else "cuda", quick=dry_run, data=data, seconds=5)
     setup = setup if data else replace(setup, data=None)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    report = {"machine": bench.machine(setup.device), "data": "VOC" if data else "built-in", "dry_run": dry_run,
-              "checks": [], "rows": [], "training": [], "figures": [], "seconds": {}, "errors": {}}  # fmt: skip
+    report = {
+        "machine": bench.machine(setup.device),
+        "data": "VOC" if data else "built-in",
+        "dry_run": dry_run,
+        "checks": [],
+        "rows": [],
+        "training": [],
+        "figures": [],
+        "seconds": {},
+        "errors": {},
+    }
 
     def part(name: str, produce) -> None:
         start = time.perf_counter()
@@ -255,7 +312,9 @@ def run_gpu(
         report["seconds"][name] = round(time.perf_counter() - start, 1)
         report["rows"] = [asdict(row) for row in rows]
         bench.write_report(out, "gpu", report, rows)
-        print(f"{name}: {report['seconds'][name]} s{' FAILED' if name in report['errors'] else ''}", flush=True)
+        print(
+            f"{name}: {report['seconds'][name]} s{' FAILED' if name in report['errors'] else ''}", flush=True
+        )
 
     part("checks", lambda end: report["checks"].extend(map(asdict, _checks(setup))))
     for suite in list(SHARES)[1:]:
@@ -272,9 +331,13 @@ def run_gpu(
     part("figures", lambda end: report["figures"].extend(_figures(out, rows, report["training"])))
     failed = [check["name"] for check in report["checks"] if not check["passed"]]
     print(bench.to_markdown(rows))
-    print(f"{len(report['checks']) - len(failed)} of {len(report['checks'])} checks passed"
-          + "".join(f"; failed: {name}" for name in [*failed, *report["errors"]]))  # fmt: skip
+    print(
+        f"{len(report['checks']) - len(failed)} of {len(report['checks'])} checks passed"
+        + "".join(f"; failed: {name}" for name in [*failed, *report["errors"]])
+    )
     for run in report["training"]:
-        print(f"{run['recipe']}: {run['steps']} steps, {run['steps_per_second']:.1f} per second, "
-              f"mIoU {run.get('miou', 'not scored')}")  # fmt: skip
+        print(
+            f"{run['recipe']}: {run['steps']} steps, {run['steps_per_second']:.1f} per second, "
+            f"mIoU {run.get('miou', 'not scored')}"
+        )
     return 1 if failed or report["errors"] else 0

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ssepa_lib.labels.cam import normalise_cam, valid_cam
-from ssepa_lib.methods.losses import dense_energy, segmentation_loss
-from ssepa_lib.model.network import Network, NetworkOutput, evaluating
-from ssepa_lib.methods.objectives import Segmentation, Step
-from ssepa_lib.labels.pseudo_labels import IGNORE, inside
-from ssepa_lib.recipe import CamConfig, Recipe
-from ssepa_lib.labels.par import RING
-from ssepa_lib.training.trainer import Trainer
 from ssepa_lib.data.views import Batch
+from ssepa_lib.labels.cam import normalise_cam, valid_cam
+from ssepa_lib.labels.par import RING
+from ssepa_lib.labels.pseudo_labels import IGNORE, inside
+from ssepa_lib.methods.losses import dense_energy, segmentation_loss
+from ssepa_lib.methods.objectives import Segmentation, Step
+from ssepa_lib.model.network import Network, NetworkOutput, evaluating
+from ssepa_lib.recipe import CamConfig, Recipe
+from ssepa_lib.training.trainer import Trainer
 
 
 class MaterialisedAttention(TorchFunctionMode):
@@ -46,7 +46,9 @@ def stacked_affinity(network: Network, maps: list[Tensor]) -> Tensor:
     prefix, config = network.backbone.prefix, network.affinity_config
     stack = torch.stack(maps, 1).mean(2)  # [B, K, P+N, P+N]
     pooled = stack[..., prefix:, prefix:] if config.descriptor == "patch" else stack
-    weights = torch.ones_like(pooled[..., 0, 0]) if network.haaf is None else network.haaf(pooled.mean((-2, -1)))
+    weights = (
+        torch.ones_like(pooled[..., 0, 0]) if network.haaf is None else network.haaf(pooled.mean((-2, -1)))
+    )
     return torch.einsum("bk,bkij->bij", weights, stack)[:, prefix:, prefix:] / len(maps)
 
 
@@ -159,12 +161,15 @@ class _ReferenceStep(Step):
     @cached_property
     def cams(self) -> FullCams:
         with evaluating(self.network):
-            return reference_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
-                                 affinity=self.with_affinity)  # fmt: skip
+            return reference_cam(
+                self.network, self.batch.image, self.batch.label, self.recipe.cam, affinity=self.with_affinity
+            )
 
     @cached_property
     def pseudo_label(self) -> Tensor:
-        return reference_labels(self.batch.image, self.cams.best, self.batch.label, self.batch.box, self.recipe.cam)
+        return reference_labels(
+            self.batch.image, self.cams.best, self.batch.label, self.batch.box, self.recipe.cam
+        )
 
 
 class _ReferenceSegmentation(nn.Module):
@@ -193,9 +198,12 @@ class ReferenceTrainer(Trainer):
 
     def __init__(
         self, recipe: Recipe, classes: tuple[str, ...], device: torch.device, *, exact_energy: bool = True
-    ):  # fmt: skip
-        recipe = replace(recipe, train=replace(recipe.train, precision="fp32", compile=False, checkpointing=False),
-                         affinity=replace(recipe.affinity, strategy="all_heads"))  # fmt: skip
+    ):
+        recipe = replace(
+            recipe,
+            train=replace(recipe.train, precision="fp32", compile=False, checkpointing=False),
+            affinity=replace(recipe.affinity, strategy="all_heads"),
+        )
         super().__init__(recipe, classes, device)
         for index, part in enumerate(self.objectives):
             if isinstance(part, Segmentation):
@@ -204,7 +212,8 @@ class ReferenceTrainer(Trainer):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         seed = self.recipe.train.seed * 1_000_003 + self.index
         torch.manual_seed(seed)
-        step = _ReferenceStep(self.network, self.recipe, batch, self.index, self.par,
-                              torch.Generator().manual_seed(seed))  # fmt: skip
+        step = _ReferenceStep(
+            self.network, self.recipe, batch, self.index, self.par, torch.Generator().manual_seed(seed)
+        )
         with MaterialisedAttention():
             return {name: value for part in self.objectives for name, value in part(step).items()}

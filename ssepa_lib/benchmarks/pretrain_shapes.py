@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssepa_lib.model.backbone import Backbone
-from ssepa_lib.device import autocast, resolve_device
-from ssepa_lib.recipe import load_recipe
 from ssepa_lib.data.shapes import SHAPE_CLASSES, render_object
+from ssepa_lib.device import autocast, resolve_device
+from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.recipe import load_recipe
 from ssepa_lib.training.trainer import atomic
 
 _CELLS = 2  # colours are painted per half patch side: mean colours, not pixel noise
@@ -88,7 +88,9 @@ class _Tasks(nn.Module):
         self.paint = nn.Linear(backbone.width, 3 * _CELLS**2)
         self.patch = backbone.patch_size[0]
 
-    def losses(self, images: Tensor, label: Tensor, named: int, hidden: Tensor, precision: str) -> dict[str, Tensor]:
+    def losses(
+        self, images: Tensor, label: Tensor, named: int, hidden: Tensor, precision: str
+    ) -> dict[str, Tensor]:
         """The first `named` images are named, the others painted where `hidden` [B - named, N]."""
         tile = torch.zeros(hidden.shape[1], dtype=torch.long)
         shown = torch.arange(named)[:, None]
@@ -109,9 +111,16 @@ class _Tasks(nn.Module):
 
 
 def pretrain(
-    out: Path, *, steps: int = 1800, batch: int = 32, pictures: int = 6000, mask_ratio: float = 0.6, seed: int = 0,
-    device: str = "auto", on_step: Callable[[dict], None] | None = None,
-) -> Path:  # fmt: skip
+    out: Path,
+    *,
+    steps: int = 1800,
+    batch: int = 32,
+    pictures: int = 6000,
+    mask_ratio: float = 0.6,
+    seed: int = 0,
+    device: str = "auto",
+    on_step: Callable[[dict], None] | None = None,
+) -> Path:
     """Pre-train the backbone of `shapes` recipes and write its weights in half precision, loadable by timm.
 
     Args:
@@ -135,16 +144,21 @@ def pretrain(
         _initialise(backbone.vit)
         tasks = _Tasks(backbone).to(place)
         number = (side // tasks.patch) ** 2
-        optimizer = torch.optim.AdamW(tasks.parameters(), lr=_LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(
+            tasks.parameters(), lr=_LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98)
+        )
         warmup = min(60, steps)
         curve = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, _LEARNING_RATE, steps + 1, pct_start=warmup / (steps + 1), cycle_momentum=False)  # fmt: skip
+            optimizer, _LEARNING_RATE, steps + 1, pct_start=warmup / (steps + 1), cycle_momentum=False
+        )
         began = time.perf_counter()
         for step in range(1, steps + 1):
             pick = torch.randint(pictures, (batch,))
             hidden = torch.rand(batch - named, number).argsort(1) < mask_ratio * number
             views = _cut(images[pick], side).to(place)
-            losses = tasks.losses(views, labels[pick].to(place), named, hidden.to(place), recipe.train.precision)
+            losses = tasks.losses(
+                views, labels[pick].to(place), named, hidden.to(place), recipe.train.precision
+            )
             loss = losses["naming"] + 10 * losses["painting"]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -153,10 +167,19 @@ def pretrain(
             curve.step()
             if on_step and (step % 50 == 0 or step == steps):
                 left = (time.perf_counter() - began) / step * (steps - step)
-                on_step({"step": step, "steps": steps, "loss": loss.item(), "seconds_left": left,
-                         **{name: value.item() for name, value in losses.items()}})  # fmt: skip
+                on_step(
+                    {
+                        "step": step,
+                        "steps": steps,
+                        "loss": loss.item(),
+                        "seconds_left": left,
+                        **{name: value.item() for name, value in losses.items()},
+                    }
+                )
     made = f"python -m ssepa_lib pretrain --out {Path(out).name} --steps {steps} --seed {seed}"
-    state = {name: value.detach().cpu().half().contiguous() for name, value in backbone.vit.state_dict().items()}
+    state = {
+        name: value.detach().cpu().half().contiguous() for name, value in backbone.vit.state_dict().items()
+    }
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic(out, lambda part: save_file(state, part, {"made by": made, "timm": timm.__version__}))

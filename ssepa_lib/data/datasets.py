@@ -17,26 +17,116 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssepa_lib import paths
+from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import DataConfig
-from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 COCO_CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "mouse",
+    "remote",
+    "keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
+)
 
 
 class Item(NamedTuple):
@@ -50,7 +140,9 @@ class Item(NamedTuple):
 
 def voc_palette() -> list[tuple[int, int, int]]:
     """The 256 RGB colours of VOC masks: the bits of an id are dealt to the channels in turn, high bits first."""
-    return [tuple(sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3)) for i in range(256)]
+    return [
+        tuple(sum((i >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3)) for i in range(256)
+    ]
 
 
 def read_image(path: Path, upright: bool = False) -> Image.Image:
@@ -63,7 +155,9 @@ def read_image(path: Path, upright: bool = False) -> Image.Image:
         with Image.open(path) as file:
             return (ImageOps.exif_transpose(file) if upright else file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: unreadable image ({error}); replace the file or take it out of the list.") from error
+        raise UserError(
+            f"{path}: unreadable image ({error}); replace the file or take it out of the list."
+        ) from error
 
 
 def read_mask(path: Path, classes: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -82,10 +176,14 @@ def read_mask(path: Path, classes: int, size: tuple[int, int] | None = None) -> 
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: unreadable mask ({error}); unpack or write it again.") from error
     if mode not in ("P", "L"):
-        raise UserError(f"{path}: mask has mode {mode}; save class ids as a palette (P) or greyscale (L) PNG.")
+        raise UserError(
+            f"{path}: mask has mode {mode}; save class ids as a palette (P) or greyscale (L) PNG."
+        )
     if size is not None and ids.shape != size[::-1]:
-        raise UserError(f"{path}: mask is {ids.shape[1]}×{ids.shape[0]} but its image {size[0]}×{size[1]} pixels; "
-                        "make them the same size.")  # fmt: skip
+        raise UserError(
+            f"{path}: mask is {ids.shape[1]}×{ids.shape[0]} but its image {size[0]}×{size[1]} pixels; "
+            "make them the same size."
+        )
     wrong = (ids > classes) & (ids != IGNORE)
     if wrong.any():
         raise UserError(f"{path}: mask holds id {ids[wrong][0]}; allowed are 0..{classes} and {IGNORE}.")
@@ -184,7 +282,9 @@ class _FileDataset(SegmentationDataset):
 
     upright = False  # whether pictures are turned by their EXIF tag
 
-    def __init__(self, split: str, classes: Iterable[str], images: list[Path], masks: list[Path | None]) -> None:
+    def __init__(
+        self, split: str, classes: Iterable[str], images: list[Path], masks: list[Path | None]
+    ) -> None:
         super().__init__(split, classes, [path.stem for path in images])
         self.images, self.masks = images, masks
         self._labels: dict[int, Tensor] = {}
@@ -243,32 +343,52 @@ class VocDataset(_FileDataset):
         ids = self._read_list(root, split)
         pictures = _names(root / "JPEGImages")
         again = "unpack the archive again with `python -m ssepa_lib data voc`"
-        _refuse_missing([i for i in ids if f"{i}.jpg" not in pictures], len(ids),
-                        f"{root / 'JPEGImages'}: images of split '{split}'", again)  # fmt: skip
+        _refuse_missing(
+            [i for i in ids if f"{i}.jpg" not in pictures],
+            len(ids),
+            f"{root / 'JPEGImages'}: images of split '{split}'",
+            again,
+        )
         where = {
-            name: folder for folder in ("SegmentationClassAug", "SegmentationClass") for name in _names(root / folder)
+            name: folder
+            for folder in ("SegmentationClassAug", "SegmentationClass")
+            for name in _names(root / folder)
         }
         masks = [root / where[f"{i}.png"] / f"{i}.png" if f"{i}.png" in where else None for i in ids]
         notes = _names(root / "Annotations")
         self.annotations = [root / "Annotations" / f"{i}.xml" if f"{i}.xml" in notes else None for i in ids]
         rows = list(zip(ids, masks, self.annotations, strict=True))
         if split == "val":
-            _refuse_missing([i for i, mask, _ in rows if mask is None], len(ids),
-                            f"{root / 'SegmentationClass'}: masks of split 'val'", again)  # fmt: skip
+            _refuse_missing(
+                [i for i, mask, _ in rows if mask is None],
+                len(ids),
+                f"{root / 'SegmentationClass'}: masks of split 'val'",
+                again,
+            )
         if split != "test":
-            _refuse_missing([i for i, mask, note in rows if mask is None and note is None], len(ids),
-                            f"{root}: labels (Annotations or masks) of split '{split}'", again)  # fmt: skip
+            _refuse_missing(
+                [i for i, mask, note in rows if mask is None and note is None],
+                len(ids),
+                f"{root}: labels (Annotations or masks) of split '{split}'",
+                again,
+            )
         super().__init__(split, VOC_CLASSES, [root / "JPEGImages" / f"{i}.jpg" for i in ids], masks)
 
     @staticmethod
     def _read_list(root: Path, split: str) -> list[str]:
         lists = root / "ImageSets" / "Segmentation"
         if not (root / "JPEGImages").is_dir() or not lists.is_dir():
-            inner = [p for p in (root / "VOC2012", root / "VOCdevkit" / "VOC2012") if (p / "JPEGImages").is_dir()]
+            inner = [
+                p for p in (root / "VOC2012", root / "VOCdevkit" / "VOC2012") if (p / "JPEGImages").is_dir()
+            ]
             remedy = (
-                f"set it to {inner[0]}" if inner else "run `python -m ssepa_lib data voc` or set VOC_ROOT or data.root"
+                f"set it to {inner[0]}"
+                if inner
+                else "run `python -m ssepa_lib data voc` or set VOC_ROOT or data.root"
             )
-            raise UserError(f"{root}: no VOC 2012 folder (JPEGImages and ImageSets/Segmentation expected); {remedy}.")
+            raise UserError(
+                f"{root}: no VOC 2012 folder (JPEGImages and ImageSets/Segmentation expected); {remedy}."
+            )
         path = lists / f"{split}.txt"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in lists.glob("*.txt")))
@@ -287,7 +407,9 @@ class VocDataset(_FileDataset):
             try:
                 objects = ElementTree.parse(path).getroot().findall("object")
             except (OSError, ElementTree.ParseError) as error:
-                raise UserError(f"{path}: unreadable annotation ({error}); unpack the archive again.") from error
+                raise UserError(
+                    f"{path}: unreadable annotation ({error}); unpack the archive again."
+                ) from error
             return self.multi_hot([thing.findtext("name", "").strip() for thing in objects], path)
         if self.masks[i] is not None:
             return classes_in(read_mask(self.masks[i], len(self.classes)), len(self.classes))
@@ -315,10 +437,14 @@ def read_label_table(path: Path) -> list[dict[str, str]]:
     seen = set()
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise UserError(f"{path}, line {number}: {len(columns)} values expected; separate classes by ';'.")
+            raise UserError(
+                f"{path}, line {number}: {len(columns)} values expected; separate classes by ';'."
+            )
         row.update({key: value.strip() for key, value in row.items()})
         if not row["classes"]:
-            raise UserError(f"{path}, line {number}: {row['image']} has no class; name one, or 'background' for none.")
+            raise UserError(
+                f"{path}, line {number}: {row['image']} has no class; name one, or 'background' for none."
+            )
         if row["image"] in seen:
             raise UserError(
                 f"{path}, line {number}: {row['image']} is listed twice; keep one row and join its classes by ';'."
@@ -330,8 +456,15 @@ def read_label_table(path: Path) -> list[dict[str, str]]:
 class _TableDataset(_FileDataset):
     """Pictures whose labels stand in a table; `rows` are those of `read_label_table`."""
 
-    def __init__(self, split: str, classes: Iterable[str], table: Path, rows: list[dict[str, str]],
-                 images: list[Path], masks: list[Path | None]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        split: str,
+        classes: Iterable[str],
+        table: Path,
+        rows: list[dict[str, str]],
+        images: list[Path],
+        masks: list[Path | None],
+    ) -> None:
         super().__init__(split, classes, images, masks)
         for i, row in enumerate(rows):
             names = {name.strip() for name in row["classes"].split(";")} - {"", "background"}
@@ -365,11 +498,19 @@ class CocoDataset(_TableDataset):
         names, present, painted = [row["image"] for row in rows], _names(pictures), _names(masks)
         stems = [name.removesuffix(".jpg") for name in names]
         _refuse_missing(
-            [n for n in names if n not in present], len(rows), f"{pictures}: images", "unpack the archive again"
+            [n for n in names if n not in present],
+            len(rows),
+            f"{pictures}: images",
+            "unpack the archive again",
         )
         _refuse_missing([s for s in stems if f"{s}.png" not in painted], len(rows), f"{masks}: masks", remedy)
         super().__init__(
-            split, COCO_CLASSES, table, rows, [pictures / n for n in names], [masks / f"{s}.png" for s in stems]
+            split,
+            COCO_CLASSES,
+            table,
+            rows,
+            [pictures / n for n in names],
+            [masks / f"{s}.png" for s in stems],
         )
 
 
@@ -399,23 +540,39 @@ class FolderDataset(_TableDataset):
         rows = read_label_table(table)
         present = {name for name in _names(pictures) if name.lower().endswith(IMAGE_SUFFIXES)}
         listed = [row["image"] for row in rows]
-        _refuse_missing([n for n in listed if n not in present], len(rows), f"{table}: images listed",
-                        f"add them to {pictures} or delete their rows")  # fmt: skip
-        _refuse_missing(sorted(present - set(listed)), len(present), f"{pictures}: rows of labels.csv for its images",
-                        "add a row for each or move the images away")  # fmt: skip
+        _refuse_missing(
+            [n for n in listed if n not in present],
+            len(rows),
+            f"{table}: images listed",
+            f"add them to {pictures} or delete their rows",
+        )
+        _refuse_missing(
+            sorted(present - set(listed)),
+            len(present),
+            f"{pictures}: rows of labels.csv for its images",
+            "add a row for each or move the images away",
+        )
         stems = {Path(name).stem: name for name in listed}
         if len(stems) < len(listed):
             twice = next(name for name in listed if stems[Path(name).stem] != name)
-            raise UserError(f"{pictures / twice}: another image has the same name before the suffix; rename one.")
+            raise UserError(
+                f"{pictures / twice}: another image has the same name before the suffix; rename one."
+            )
         painted = {Path(name).stem for name in _names(root / "masks") if name.endswith(".png")}
-        _refuse_missing(sorted(painted - set(stems)), len(painted), f"{root / 'masks'}: images of masks",
-                        f"add them to {pictures} or delete the masks")  # fmt: skip
+        _refuse_missing(
+            sorted(painted - set(stems)),
+            len(painted),
+            f"{root / 'masks'}: images of masks",
+            f"add them to {pictures} or delete the masks",
+        )
         classes = self._classes(root / "classes.txt", rows)
         if rows and "split" in rows[0]:
             known = sorted({row["split"] for row in rows})
             rows = [row for row in rows if row["split"] == split]
             if not rows:
-                raise UserError(f"{table}: split '{split}' is empty; the column split holds {', '.join(known)}.")
+                raise UserError(
+                    f"{table}: split '{split}' is empty; the column split holds {', '.join(known)}."
+                )
         if not rows:
             raise UserError(f"{table}: there is no row; write one per image.")
         images = [pictures / row["image"] for row in rows]
@@ -425,11 +582,15 @@ class FolderDataset(_TableDataset):
     @staticmethod
     def _classes(path: Path, rows: list[dict[str, str]]) -> list[str]:
         if path.is_file():
-            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            names = [
+                line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+            ]
             if len(set(names)) < len(names) or "background" in names:
                 raise UserError(f"{path}: list every class once, without the background.")
         else:
-            names = sorted({n.strip() for row in rows for n in row["classes"].split(";")} - {"", "background"})
+            names = sorted(
+                {n.strip() for row in rows for n in row["classes"].split(";")} - {"", "background"}
+            )
         if not 0 < len(names) < IGNORE:
             raise UserError(f"{path}: {len(names)} classes; give 1 to {IGNORE - 1}.")
         return names
@@ -450,12 +611,16 @@ def build_dataset(data: DataConfig, split: str) -> SegmentationDataset:
         raise UserError(
             f"'{split}' is no role of a split; choose train or val and set data.train_split or data.val_split."
         )
-    name, limit = (data.train_split, data.train_images) if split == "train" else (data.val_split, data.val_images)
+    name, limit = (
+        (data.train_split, data.train_images) if split == "train" else (data.val_split, data.val_images)
+    )
     if data.name == "shapes":
         return ShapesDataset(name, limit or 512)
     if data.name == "folder":
         if not data.root:
-            raise UserError("data.root is empty; set it, or FOLDER_ROOT, to the folder of your images and labels.csv.")
+            raise UserError(
+                "data.root is empty; set it, or FOLDER_ROOT, to the folder of your images and labels.csv."
+            )
         dataset: SegmentationDataset = FolderDataset(data.root, name)
     elif data.name == "voc":
         dataset = VocDataset(data.root or paths.voc_root(), name)

@@ -100,7 +100,9 @@ def fetch(source: Source, folder: Path, progress: Progress | None = None) -> Pat
     target, part = folder / source.file, folder / f"{source.file}.part"
     if target.is_file():
         if _md5(target) != source.md5:
-            raise UserError(f"{target}: wrong MD5 sum (expected {source.md5}); delete the file and run again.")
+            raise UserError(
+                f"{target}: wrong MD5 sum (expected {source.md5}); delete the file and run again."
+            )
         return target
     folder.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -122,7 +124,9 @@ def fetch(source: Source, folder: Path, progress: Progress | None = None) -> Pat
             if not resumed:  # a resumed file may have begun as something else: once more from the start
                 break
     reasons = "; ".join(dict.fromkeys(failures))
-    raise UserError(f"{source.file} could not be downloaded ({reasons}); run again later, or put the file at {target}.")
+    raise UserError(
+        f"{source.file} could not be downloaded ({reasons}); run again later, or put the file at {target}."
+    )
 
 
 class _Interrupted(OSError):
@@ -192,7 +196,9 @@ def unpack(archive: Path, inner: str, target: Path) -> None:
             f"{archive}: unsafe archive, nothing was unpacked ({error}); get it from the source."
         ) from error
     except _DAMAGED as error:
-        raise UserError(f"{archive}: could not be unpacked ({error}); check the disk or download it again.") from error
+        raise UserError(
+            f"{archive}: could not be unpacked ({error}); check the disk or download it again."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -216,7 +222,9 @@ def prepare_voc(root: Path | None = None, source: Source = VOC, progress: Progre
     if not problems:
         return Outcome("voc", root, False, f"VOC 2012 at {root} is complete; nothing to do.")
     if root.is_dir() and any(root.iterdir()):
-        raise UserError(f"{root} exists but is incomplete ({problems[0].split(';')[0]}); move it away and run again.")
+        raise UserError(
+            f"{root} exists but is incomplete ({problems[0].split(';')[0]}); move it away and run again."
+        )
     archive = fetch(source, root.parent, progress)
     unpack(archive, "VOCdevkit/VOC2012", root)
     _require_complete("voc", root, f"{archive} and that folder")
@@ -256,7 +264,9 @@ def prepare_sbd(root: Path | None = None, source: Source = SBD, progress: Progre
     root = Path(root or paths.voc_root())
     train, val = _voc_list(root, "train"), _voc_list(root, "val")
     if not train or not val or not (root / "JPEGImages").is_dir():
-        raise UserError(f"{root}: SBD extends VOC 2012, which is not there; run `python -m ssepa_lib data voc` first.")
+        raise UserError(
+            f"{root}: SBD extends VOC 2012, which is not there; run `python -m ssepa_lib data voc` first."
+        )
     if not verify("sbd", root).problems:
         return Outcome("sbd", root, False, f"train_aug at {root} is complete; nothing to do.")
     masks = root / "SegmentationClassAug"
@@ -309,7 +319,9 @@ def _convert_sbd(archive: Path, folder: Path, skip: set[str]) -> set[str]:
     except _DAMAGED as error:
         raise UserError(f"{archive}: could not be read ({error}); delete it and run again.") from error
     if not listed:
-        raise UserError(f"{archive}: there is no train.txt and val.txt in this archive; delete it and run again.")
+        raise UserError(
+            f"{archive}: there is no train.txt and val.txt in this archive; delete it and run again."
+        )
     return listed
 
 
@@ -356,7 +368,9 @@ def _paint_split(root: Path, split: str) -> list[tuple[str, str]]:
     foreign = [i["file_name"] for i in images if not i["file_name"].startswith(f"COCO_{split}2014_")]
     if foreign or names != COCO_CLASSES:
         what = f"lists {foreign[0]}" if foreign else "has other categories"
-        raise UserError(f"{source} {what}: not the COCO 2014 {split} file; unpack annotations_trainval2014.zip.")
+        raise UserError(
+            f"{source} {what}: not the COCO 2014 {split} file; unpack annotations_trainval2014.zip."
+        )
     ids = {category["id"]: number for number, category in enumerate(categories, start=1)}
     objects: dict[int, list[dict]] = {}
     for annotation in annotations:

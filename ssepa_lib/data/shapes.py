@@ -18,13 +18,21 @@ HOME = 0.6  # probability that a scene shows the home background of its first cr
 _STREAMS = {"train": 0, "val": 1, "test": 2, "object": 3}
 
 _BACKGROUND_RGB = np.array(
-    [[104, 132, 92], [92, 120, 146], [178, 162, 130], [132, 132, 134], [150, 112, 100], [112, 98, 130]], np.float32
+    [[104, 132, 92], [92, 120, 146], [178, 162, 130], [132, 132, 134], [150, 112, 100], [112, 98, 130]],
+    np.float32,
 )
 _DARK, _LIGHT = (24, 22, 28), (246, 244, 238)
 _HEAD_RGB = np.array(  # main and second colour per class
-    [[_LIGHT, _DARK], [_DARK, _LIGHT], [(255, 176, 198), _DARK], [(118, 64, 28), _LIGHT],
-     [(166, 238, 194), _DARK], [(190, 172, 248), _LIGHT]], np.float32
-)  # fmt: skip
+    [
+        [_LIGHT, _DARK],
+        [_DARK, _LIGHT],
+        [(255, 176, 198), _DARK],
+        [(118, 64, 28), _LIGHT],
+        [(166, 238, 194), _DARK],
+        [(190, 172, 248), _LIGHT],
+    ],
+    np.float32,
+)
 
 
 def _rng(seed: int, stream: str, index: int) -> np.random.Generator:
@@ -35,7 +43,9 @@ def _noise(rng: np.random.Generator, height: int, width: int, rows: int, columns
     """Smooth noise of unit variance at its grid points: a random grid, bilinearly enlarged to [height, width]."""
 
     def enlarge(length: int, cells: int) -> np.ndarray:
-        position = np.linspace(0, cells, length, dtype=np.float32)[:, None] - np.arange(cells + 1, dtype=np.float32)
+        position = np.linspace(0, cells, length, dtype=np.float32)[:, None] - np.arange(
+            cells + 1, dtype=np.float32
+        )
         return np.maximum(1 - np.abs(position), 0)
 
     grid = rng.standard_normal((rows + 1, columns + 1), dtype=np.float32)
@@ -69,7 +79,9 @@ def _background(rng: np.random.Generator, kind: int, height: int, width: int) ->
         case _:
             shade = 16 * np.sin(2 * np.pi * (x + y) / (2 * period) + large)
     shade = shade + 9 * large + rng.normal(0, 10)
-    return _BACKGROUND_RGB[kind] + rng.normal(0, 6, 3).astype(np.float32) + shade[..., None].astype(np.float32)
+    return (
+        _BACKGROUND_RGB[kind] + rng.normal(0, 6, 3).astype(np.float32) + shade[..., None].astype(np.float32)
+    )
 
 
 def _outline(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -82,7 +94,10 @@ def _outline(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarr
     if kind == 2:
         phase = rng.uniform(0, 2 * np.pi, 2)
         angle = np.arctan2(v, u)
-        return u**2 + v**2 < (0.9 + 0.1 * np.cos(3 * angle + phase[0]) + 0.07 * np.cos(5 * angle + phase[1])) ** 2
+        return (
+            u**2 + v**2
+            < (0.9 + 0.1 * np.cos(3 * angle + phase[0]) + 0.07 * np.cos(5 * angle + phase[1])) ** 2
+        )
     bend = rng.choice([-1, 1]) * rng.uniform(0.3, 0.5)
     return u**2 + (v - bend * (u**2 - 0.5)) ** 2 < 1
 
@@ -122,8 +137,14 @@ def _head(kind: int, u: np.ndarray, v: np.ndarray, colour: np.ndarray) -> np.nda
     return np.where(main[..., None], first_colour, np.where(second[..., None], second_colour, 0.8 * colour))
 
 
-def _creature(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, kind: int,
-              centre: np.ndarray, radius: float) -> None:  # fmt: skip
+def _creature(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    mask: np.ndarray,
+    kind: int,
+    centre: np.ndarray,
+    radius: float,
+) -> None:
     """Draw one creature of class index `kind` into image and mask; `radius` is half its length, pixels."""
     height, width = mask.shape
     angle = rng.uniform(0, 2 * np.pi)
@@ -133,12 +154,17 @@ def _creature(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, kin
     bottom, right = np.minimum(np.ceil(centre + 1.3 * radius).astype(int), (height, width))
     y = np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(centre[0])
     x = np.arange(left, right, dtype=np.float32) - np.float32(centre[1])
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)  # body's axes
+    along, across = (
+        x * np.cos(angle) + y * np.sin(angle),
+        y * np.cos(angle) - x * np.sin(angle),
+    )  # body's axes
     along, across = along.astype(np.float32) + 0.18 * radius, across.astype(np.float32)
     body = _outline(rng, along / half[0], across / half[1])
     hue = (rng.integers(HUES) + rng.uniform(-0.18, 0.18)) / HUES
     colour = _hsv(hue, rng.uniform(0.7, 0.9), rng.uniform(0.8, 1.0))
-    share = _texture(rng, rng.integers(len(TEXTURES)), along, across, rng.uniform(0.35, 0.5) * radius)[..., None]
+    share = _texture(rng, rng.integers(len(TEXTURES)), along, across, rng.uniform(0.35, 0.5) * radius)[
+        ..., None
+    ]
     shading = 1 - 0.12 * np.clip(across / half[1], -1, 1)[..., None]
     drawn = colour * (1 - 0.5 * share) * shading
     tilt = rng.uniform(-0.4, 0.4)

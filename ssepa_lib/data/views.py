@@ -44,7 +44,9 @@ class Batch:
     box: Tensor  # long [B, 4]: y0, y1, x0, x1 of the part of `image` that is not padding
     label: Tensor  # float [B, C]
     global2: Tensor | None  # [B, 3, S, S]: second global view; None without class token contrast
-    local_source: Tensor | None  # [B, 3, S, S]: pixel for pixel the crop under another jitter, to cut local views from
+    local_source: (
+        Tensor | None
+    )  # [B, 3, S, S]: pixel for pixel the crop under another jitter, to cut local views from
     view2: Tensor | None  # [B, 3, S, S]: FSR's second view; None without self-reinforcement
 
     def _map(self, function) -> "Batch":
@@ -130,7 +132,9 @@ class TrainViews(Dataset):
         self.fsr_geometry = v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    recipe.data.crop, tuple(recipe.reinforce.view_scale), interpolation=v2.InterpolationMode.BICUBIC
+                    recipe.data.crop,
+                    tuple(recipe.reinforce.view_scale),
+                    interpolation=v2.InterpolationMode.BICUBIC,
                 ),
                 v2.RandomHorizontalFlip(),
             ]
@@ -225,7 +229,9 @@ def train_loader(
     """
     batch = recipe.data.batch
     if batch % world:
-        raise UserError(f"data.batch is {batch} but there are {world} processes; choose a multiple of {world}.")
+        raise UserError(
+            f"data.batch is {batch} but there are {world} processes; choose a multiple of {world}."
+        )
     share = batch // world
     starts = (step * batch + rank * share for step in range(start_step, recipe.train.steps))
     return _Loader(

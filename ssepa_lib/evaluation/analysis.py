@@ -65,7 +65,9 @@ def layer_maps(queries: Tensor, keys: Tensor) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def attention_statistics(network: Network, batches: Iterable[Tensor], device: torch.device | str) -> pd.DataFrame:
+def attention_statistics(
+    network: Network, batches: Iterable[Tensor], device: torch.device | str
+) -> pd.DataFrame:
     """Attention statistics per layer and head, mean over all images; `.to_csv(path, index=False)` saves them.
 
     Args:
@@ -97,7 +99,11 @@ def attention_statistics(network: Network, batches: Iterable[Tensor], device: to
     if total is None:
         raise UserError("attention statistics need at least one image; the data set is empty.")
     mean = (total / images).tolist()
-    rows = [(layer, head, *values, images) for layer, heads in enumerate(mean) for head, values in enumerate(heads)]
+    rows = [
+        (layer, head, *values, images)
+        for layer, heads in enumerate(mean)
+        for head, values in enumerate(heads)
+    ]
     return pd.DataFrame(rows, columns=["layer", "head", "entropy", "distance", "class_mass", "images"])
 
 
@@ -115,9 +121,13 @@ def deep_summary(statistics: pd.DataFrame) -> pd.Series:
     import pandas as pd
 
     layers = deep_layers(int(statistics["layer"].max()) + 1)
-    by_layer = statistics[statistics["layer"].isin(layers)].groupby("layer")[["entropy", "distance", "class_mass"]]
+    by_layer = statistics[statistics["layer"].isin(layers)].groupby("layer")[
+        ["entropy", "distance", "class_mass"]
+    ]
     spread = by_layer.std(ddof=0).mean().add_suffix("_spread")
-    return pd.concat([by_layer.mean().mean(), spread, pd.Series({"first_layer": layers[0], "last_layer": layers[-1]})])
+    return pd.concat(
+        [by_layer.mean().mean(), spread, pd.Series({"first_layer": layers[0], "last_layer": layers[-1]})]
+    )
 
 
 @torch.no_grad()
@@ -137,7 +147,9 @@ def class_attention(network: Network, image: Tensor, layer: int = -1) -> Tensor:
         query, keys = out.queries[layer][:, :, :1].float(), out.keys[layer].float()
         maps = (query @ keys.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)[:, :, 0, out.prefix :]
     else:
-        raise UserError("this network has no class token that attends; set model.aggregator to class_token or mca.")
+        raise UserError(
+            "this network has no class token that attends; set model.aggregator to class_token or mca."
+        )
     return maps.unflatten(-1, out.grid)
 
 
@@ -171,9 +183,19 @@ def saved_activation_bytes(function: Callable[[], object], *modules: nn.Module) 
 
 
 def analytic_activation_bytes(
-    batch: int, tokens: int, width: int, depth: int, heads: int, *, prefix: int = 1, pixels: int = 0,
-    mlp_ratio: float = 4.0, value: int = 4, fused: bool = True, checkpointing: bool = False,
-) -> dict[str, int]:  # fmt: skip
+    batch: int,
+    tokens: int,
+    width: int,
+    depth: int,
+    heads: int,
+    *,
+    prefix: int = 1,
+    pixels: int = 0,
+    mlp_ratio: float = 4.0,
+    value: int = 4,
+    fused: bool = True,
+    checkpointing: bool = False,
+) -> dict[str, int]:
     """What a plain vision transformer keeps for its backward pass, term by term, in bytes; the sum is the whole.
 
     Per block and token: the inputs of both norms (2D, always float32) with mean and deviation (4 float32), what both
@@ -237,8 +259,12 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> i
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on standard error otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the profiler announces itself on standard error otherwise
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
-from ssepa_lib.labels.cam import multi_scale_cam
-from ssepa_lib.labels.crf import crf_labels, crf_pool
 from ssepa_lib.data.datasets import IGNORE, SegmentationDataset
+from ssepa_lib.data.views import eval_batches
 from ssepa_lib.device import autocast, describe_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.network import evaluating
-from ssepa_lib.labels.pseudo_labels import single_threshold_labels
-from ssepa_lib.recipe import CamConfig, Recipe
+from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.labels.crf import crf_labels, crf_pool
 from ssepa_lib.labels.par import PixelAdaptiveRefinement
-from ssepa_lib.data.views import eval_batches
+from ssepa_lib.labels.pseudo_labels import single_threshold_labels
+from ssepa_lib.model.network import evaluating
+from ssepa_lib.recipe import CamConfig, Recipe
 
 THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 MAPS = ("cam", "aux_cam", "refined_cam")
@@ -78,7 +78,9 @@ class ThresholdConfusion:
     threshold interval) holds every matrix.
     """
 
-    def __init__(self, classes: Sequence[str], thresholds: Sequence[float], device: torch.device | str = "cpu"):
+    def __init__(
+        self, classes: Sequence[str], thresholds: Sequence[float], device: torch.device | str = "cpu"
+    ):
         self.classes, self.thresholds = classes, sorted(thresholds)
         self.edges = torch.tensor(self.thresholds, device=device)
         side = len(classes) + 1
@@ -88,7 +90,9 @@ class ThresholdConfusion:
         """Add pixels: largest score `value` (0..1), its class `winner` (1..C) and the mask, all [H, W]."""
         side, _, bins = self.counts.shape
         index = (mask.long() * side + winner) * bins + torch.bucketize(value, self.edges)
-        counts = torch.bincount(index.flatten(), minlength=(IGNORE + 1) * side * bins)  # faster than leaving 255 out
+        counts = torch.bincount(
+            index.flatten(), minlength=(IGNORE + 1) * side * bins
+        )  # faster than leaving 255 out
         self.counts += counts[: self.counts.numel()].view_as(self.counts)
 
     def at(self, threshold: float) -> Confusion:
@@ -108,10 +112,15 @@ def scale_logits(network, image: Tensor, scales: Sequence[float], flip: bool) ->
     """Per scale the logits [B, C+1, h, w] of the image, plus those of its mirror (mirrored back) with `flip`."""
     maps = []
     for scale in scales:
-        size = [round(s * scale / p) * p for s, p in zip(image.shape[-2:], network.backbone.patch_size, strict=True)]
+        size = [
+            round(s * scale / p) * p
+            for s, p in zip(image.shape[-2:], network.backbone.patch_size, strict=True)
+        ]
         view = F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False)
         logits = network(torch.cat([view, view.flip(-1)]) if flip else view).segmentation.float()
-        if flip:  # resizing is linear and symmetric, so adding before it gives the same as adding at label size
+        if (
+            flip
+        ):  # resizing is linear and symmetric, so adding before it gives the same as adding at label size
             direct, mirrored = logits.chunk(2)
             logits = direct + mirrored.flip(-1)
         maps.append(logits)
@@ -141,7 +150,9 @@ def segmentation_logits(
     return merge_scales(scale_logits(network, image, scales, flip), size or image.shape[-2:])
 
 
-def background_and_cam(cam: Tensor, label: Tensor, background: float, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def background_and_cam(
+    cam: Tensor, label: Tensor, background: float, size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """What a dense CRF starts from: constant background score and CAMs of the classes present, divided by their sum.
 
     Args:
@@ -170,11 +181,13 @@ class _Pass:
 
     def __init__(
         self, network, recipe: Recipe, dataset: SegmentationDataset, products, inference, thresholds, device
-    ):  # fmt: skip
+    ):
         self.network, self.recipe, self.dataset, self.device = network, recipe, dataset, device
         self.refine = recipe.affinity.kind != "none"
         self.source = "refined_cam" if self.refine else "cam"  # the map that pseudo-labels are made of
-        names = [n for n in product_names(products, inference) if self.refine or not n.startswith("refined_cam")]
+        names = [
+            n for n in product_names(products, inference) if self.refine or not n.startswith("refined_cam")
+        ]
         maps = [name for name in names if name.removesuffix(INFERENCE["ms"]) in MAPS]
         self.curves = {name: ThresholdConfusion(dataset.classes, thresholds, device) for name in maps}
         self.labels = {name: Confusion(dataset.classes, device) for name in names if name not in maps}
@@ -194,7 +207,11 @@ class _Pass:
         self.scores.append(output.scores.float().cpu()), self.truth.append(labels.cpu())
         for i, mask in enumerate(masks):
             for way, (logits, maps, pseudo) in found.items():
-                mine = ([m[i : i + 1] for m in logits], {name: m[i] for name, m in maps.items()}, pseudo[i : i + 1])
+                mine = (
+                    [m[i : i + 1] for m in logits],
+                    {name: m[i] for name, m in maps.items()},
+                    pseudo[i : i + 1],
+                )
                 yield from self._count(way, *mine, labels[i], mask.to(self.device))
             self.done += 1
 
@@ -213,7 +230,9 @@ class _Pass:
             maps = {"cam": cams.cam, "aux_cam": cams.aux_cam, "refined_cam": cams.refined}
             maps = {name: m for name, m in maps.items() if m is not None}
             if "pseudo_label" + suffix in self.labels:
-                pseudo = single_threshold_labels(images.float(), maps[self.source], labels, self.par, cam.background)
+                pseudo = single_threshold_labels(
+                    images.float(), maps[self.source], labels, self.par, cam.background
+                )
         return logits, maps, pseudo
 
     def _count(self, way, logits, maps, pseudo, label, mask: Tensor) -> Iterator[tuple]:
@@ -249,8 +268,13 @@ class _Pass:
 
 def product_names(products: Sequence[str], inference: Sequence[str]) -> list[str]:
     """Names of the results of `evaluate`, such as `segmentation_ms`; maps have no CRF."""
-    return [p + INFERENCE[way] for way in INFERENCE if way in inference for p in products
-            if not (way == "crf" and p in MAPS)]  # fmt: skip
+    return [
+        p + INFERENCE[way]
+        for way in INFERENCE
+        if way in inference
+        for p in products
+        if not (way == "crf" and p in MAPS)
+    ]
 
 
 def cam_view(config: CamConfig, way: str) -> CamConfig:
@@ -284,7 +308,9 @@ def _settings(recipe: Recipe, dataset: SegmentationDataset, device) -> dict:
         "images": len(dataset),
         "size": recipe.data.eval_size,
         "recipe": recipe.name,
-        "method": parts[1] if len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml")) else recipe.name,
+        "method": parts[1]
+        if len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml"))
+        else recipe.name,
         "affinity": recipe.affinity.kind,
         "supervision": recipe.affinity.supervision,
         "background": recipe.cam.background,
@@ -303,15 +329,23 @@ def _views(names: Sequence[str], recipe: Recipe) -> dict[str, dict]:
     for name in names:
         several = recipe.eval if name.startswith("segmentation") else recipe.cam
         ms = "_ms" in name
-        views[name] = {"scales": list(several.scales) if ms else [1.0], "flip": several.flip if ms else False,
-                       "crf": name.endswith("_crf")}  # fmt: skip
+        views[name] = {
+            "scales": list(several.scales) if ms else [1.0],
+            "flip": several.flip if ms else False,
+            "crf": name.endswith("_crf"),
+        }
     return views
 
 
 def is_current(setting: dict, recipe: Recipe, images: int) -> bool:
     """Whether a result's setting is what the recipe says now: the training, images, size, threshold and views."""
-    now = {"recipe_hash": recipe.hash(), "images": images, "size": recipe.data.eval_size,
-           "background": recipe.cam.background, "products": _views(tuple(setting["products"]), recipe)}  # fmt: skip
+    now = {
+        "recipe_hash": recipe.hash(),
+        "images": images,
+        "size": recipe.data.eval_size,
+        "background": recipe.cam.background,
+        "products": _views(tuple(setting["products"]), recipe),
+    }
     return all(setting.get(name) == value for name, value in now.items())
 
 
@@ -408,7 +442,8 @@ def evaluate(
     confusions = {p: curve.at(background) for p, curve in run.curves.items()} | run.labels
     return {
         "setting": _settings(recipe, dataset, device) | {"products": _views(tuple(confusions), recipe)},
-        "miou": dict.fromkeys(product_names(products, inference)) | {p: c.miou for p, c in confusions.items()},
+        "miou": dict.fromkeys(product_names(products, inference))
+        | {p: c.miou for p, c in confusions.items()},
         "per_class": {p: c.per_class for p, c in confusions.items()},
         "threshold_curve": {"thresholds": list(thresholds)}
         | {p: [curve.at(t).miou for t in thresholds] for p, curve in run.curves.items()},
@@ -454,8 +489,9 @@ def read_metrics(run_dir: Path | str) -> dict[str, dict]:
             if lacking:
                 raise ValueError(f"'{min(lacking)}' of {split} is missing")
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no metrics file of this version ({error}); delete it and evaluate the run again."
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"{path} is no metrics file of this version ({error}); delete it and evaluate the run again."
+        ) from error
     return content
 
 

@@ -17,17 +17,24 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ssepa_lib.labels.cam import multi_scale_cam
-from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.data.datasets import IGNORE, IMAGE_SUFFIXES, SegmentationDataset, read_image, voc_palette
+from ssepa_lib.data.views import eval_batches
 from ssepa_lib.device import autocast
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.evaluate import INFERENCE, background_and_cam, cam_view, merge_scales, require_known, scale_logits
-from ssepa_lib.model.network import evaluating
-from ssepa_lib.labels.pseudo_labels import single_threshold_labels
-from ssepa_lib.recipe import Recipe
+from ssepa_lib.evaluation.evaluate import (
+    INFERENCE,
+    background_and_cam,
+    cam_view,
+    merge_scales,
+    require_known,
+    scale_logits,
+)
+from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.labels.par import PixelAdaptiveRefinement
-from ssepa_lib.data.views import eval_batches
+from ssepa_lib.labels.pseudo_labels import single_threshold_labels
+from ssepa_lib.model.network import evaluating
+from ssepa_lib.recipe import Recipe
 
 SUBMISSION_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 Progress = Callable[[int, int], None]
@@ -48,12 +55,16 @@ class ImageFolder(SegmentationDataset):
             raise UserError(f"{folder} is not a folder; pass the folder that holds your images.")
         self.paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self.paths:
-            raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); pass the folder of your images.")
+            raise UserError(
+                f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); pass the folder of your images."
+            )
         super().__init__("all", classes, [p.stem for p in self.paths])
         seen: dict[str, Path] = {}
         for path in self.paths:
             if path.stem in seen:
-                raise UserError(f"{seen[path.stem]} and {path.name} would share one result; rename one of them.")
+                raise UserError(
+                    f"{seen[path.stem]} and {path.name} would share one result; rename one of them."
+                )
             seen[path.stem] = path
 
     def image(self, i: int) -> Image.Image:
@@ -118,9 +129,15 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> N
 
 @torch.no_grad()
 def predictions(
-    network, recipe: Recipe, dataset: SegmentationDataset, *, device: torch.device | str, inference: str = "ms",
-    processes: int | None = None, progress: Progress | None = None,
-) -> Iterator[tuple[str, Image.Image, np.ndarray]]:  # fmt: skip
+    network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    *,
+    device: torch.device | str,
+    inference: str = "ms",
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
     """Segment every image of a data set: id, image, class ids uint8 [H, W] at original size.
 
     Args:
@@ -134,7 +151,9 @@ def predictions(
 
     def segmented():
         done = 0
-        for ids, images, _, _ in eval_batches(dataset, recipe.data.eval_size, config.batch, recipe.data.workers):
+        for ids, images, _, _ in eval_batches(
+            dataset, recipe.data.eval_size, config.batch, recipe.data.workers
+        ):
             with evaluating(network), autocast(recipe.train.precision, device):
                 maps = scale_logits(network, images.to(device), scales, flip)
             for i, id in enumerate(ids):
@@ -155,9 +174,16 @@ def predictions(
 
 
 def predict_folder(
-    network, recipe: Recipe, folder: Path | str, out: Path | str, *, device: torch.device | str,
-    inference: str = "ms", processes: int | None = None, progress: Progress | None = None,
-) -> Path:  # fmt: skip
+    network,
+    recipe: Recipe,
+    folder: Path | str,
+    out: Path | str,
+    *,
+    device: torch.device | str,
+    inference: str = "ms",
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Segment your own images: `<name>.png` (class ids), `<name>_overlay.jpg` (to look at) and two tables.
 
     `classes.csv` is the legend (id, class and colour); `predictions.csv` lists the classes found in each image, as
@@ -168,14 +194,21 @@ def predict_folder(
     """
     dataset, out, palette = ImageFolder(folder, network.classes), Path(out), voc_palette()
     if out.resolve() == Path(folder).resolve():
-        raise UserError(f"{out} holds your images, which masks would replace; choose another folder for the results.")
+        raise UserError(
+            f"{out} holds your images, which masks would replace; choose another folder for the results."
+        )
     out.mkdir(parents=True, exist_ok=True)
     names = ["background", *network.classes]
-    _write_csv(out / "classes.csv", ["id", "class", "red", "green", "blue"],
-               [(i, name, *palette[i]) for i, name in enumerate(names)])  # fmt: skip
+    _write_csv(
+        out / "classes.csv",
+        ["id", "class", "red", "green", "blue"],
+        [(i, name, *palette[i]) for i, name in enumerate(names)],
+    )
     found = []
     options = {"device": device, "inference": inference, "processes": processes, "progress": progress}
-    for path, (id, image, ids) in zip(dataset.paths, predictions(network, recipe, dataset, **options), strict=True):
+    for path, (id, image, ids) in zip(
+        dataset.paths, predictions(network, recipe, dataset, **options), strict=True
+    ):
         _save(palette_image(ids, palette), out / f"{id}.png")
         _save(overlay_image(image, ids, network.classes, palette), out / f"{id}_overlay.jpg", quality=90)
         found.append((path.name, ";".join(names[i] for i in np.unique(ids) if i) or "background"))
@@ -185,9 +218,16 @@ def predict_folder(
 
 @torch.no_grad()
 def export_pseudo_labels(
-    network, recipe: Recipe, dataset: SegmentationDataset, out: Path | str, *, device: torch.device | str,
-    inference: str = "ms", processes: int | None = None, progress: Progress | None = None,
-) -> Path:  # fmt: skip
+    network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    out: Path | str,
+    *,
+    device: torch.device | str,
+    inference: str = "ms",
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Write `<id>.png` pseudo-labels (0 background, 1..C) of a labelled data set, for training something else.
 
     They come from the affinity-refined CAM where the recipe has one, with the background threshold `cam.background`:
@@ -247,9 +287,16 @@ def _resize_ids(ids: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def export_submission(
-    network, recipe: Recipe, dataset: SegmentationDataset, archive: Path | str, *, device: torch.device | str,
-    inference: str = "ms", processes: int | None = None, progress: Progress | None = None,
-) -> Path:  # fmt: skip
+    network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    archive: Path | str,
+    *,
+    device: torch.device | str,
+    inference: str = "ms",
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Write the archive that the PASCAL VOC evaluation server takes (comp6, segmentation), checked before it appears.
 
     Args:
@@ -263,7 +310,9 @@ def export_submission(
     if not archive.name.endswith((".tgz", ".tar.gz")):
         raise UserError(f"{archive}: the VOC server takes .tgz archives; choose a name that ends in .tgz.")
     if len(network.classes) != 20:
-        raise UserError(f"a VOC submission has 20 classes, this network {len(network.classes)}; use a VOC run.")
+        raise UserError(
+            f"a VOC submission has 20 classes, this network {len(network.classes)}; use a VOC run."
+        )
     archive.parent.mkdir(parents=True, exist_ok=True)
     part, sizes = archive.with_name(f".{archive.name}.part"), {}
     options = {"device": device, "inference": inference, "processes": processes, "progress": progress}
@@ -305,14 +354,22 @@ def validate_submission(
                 if member.isdir():
                     continue
                 path = Path(member.name)
-                if path.parent.as_posix() != SUBMISSION_FOLDER or path.stem not in left or path.suffix != ".png":
-                    raise UserError(f"{name}: {member.name} does not belong there or is there twice; expected is one "
-                                    f"{SUBMISSION_FOLDER}/<id>.png per image of the split.")  # fmt: skip
+                if (
+                    path.parent.as_posix() != SUBMISSION_FOLDER
+                    or path.stem not in left
+                    or path.suffix != ".png"
+                ):
+                    raise UserError(
+                        f"{name}: {member.name} does not belong there or is there twice; expected is one "
+                        f"{SUBMISSION_FOLDER}/<id>.png per image of the split."
+                    )
                 left.remove(path.stem)
                 with Image.open(tar.extractfile(member)) as image:
                     _check_mask(f"{name}: {path.name}", image, colours, (sizes or {}).get(path.stem))
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive} is not a readable tar archive of PNG files ({error}); write it again.") from error
+        raise UserError(
+            f"{archive} is not a readable tar archive of PNG files ({error}); write it again."
+        ) from error
     if left:
         raise UserError(
             f"{name}: {len(left)} of {len(ids)} images are missing, first {min(left)}; predict the whole split."
@@ -322,11 +379,15 @@ def validate_submission(
 
 def _check_mask(what: str, image: Image.Image, colours: list[int], size: tuple[int, int] | None) -> None:
     if image.format != "PNG" or image.mode != "P":
-        raise UserError(f"{what} has mode {image.mode}; the server takes palette PNGs (mode P), not colour images.")
+        raise UserError(
+            f"{what} has mode {image.mode}; the server takes palette PNGs (mode P), not colour images."
+        )
     if image.getpalette()[: len(colours)] != colours:
         raise UserError(f"{what} has another palette; write it with the VOC colour map.")
     if size is not None and image.size != tuple(size):
-        raise UserError(f"{what} is {image.width}×{image.height} but its image {size[0]}×{size[1]}; resize the mask.")
+        raise UserError(
+            f"{what} is {image.width}×{image.height} but its image {size[0]}×{size[1]}; resize the mask."
+        )
     highest = int(np.asarray(image).max())
     if highest > 20:
         raise UserError(f"{what} holds id {highest}; allowed are 0..20, without an ignore value.")

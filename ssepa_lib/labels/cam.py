@@ -96,9 +96,14 @@ def _maps(output: NetworkOutput, select: _Selection, affinity: bool, auxiliary: 
 
 @torch.no_grad()
 def multi_scale_cam(
-    network: Network, image: Tensor, label: Tensor, config: CamConfig, *, affinity: bool = False,
+    network: Network,
+    image: Tensor,
+    label: Tensor,
+    config: CamConfig,
+    *,
+    affinity: bool = False,
     first: NetworkOutput | None = None,
-) -> Cams:  # fmt: skip
+) -> Cams:
     """Multi-scale class activation maps of the classes an image shows.
 
     For each scale image and mirror are encoded; the maps are resized to the image, mirrored back, and their

@@ -39,8 +39,10 @@ def dense_crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:
-        raise UserError("dense CRF needs pydensecrf2: run `pip install -e '.[crf]'` in the project's folder (with a "
-                        "C++ compiler and Python 3.11 or 3.12), or go without CRF.") from error  # fmt: skip
+        raise UserError(
+            "dense CRF needs pydensecrf2: run `pip install -e '.[crf]'` in the project's folder (with a "
+            "C++ compiler and Python 3.11 or 3.12), or go without CRF."
+        ) from error
     _, height, width = probabilities.shape
     strongest = probabilities.max(0) * np.exp(-(GAUSSIAN + BILATERAL))
     possible = (probabilities >= strongest).any((1, 2))  # at least the strongest itself
@@ -59,7 +61,9 @@ def crf_labels(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return dense_crf(image, probabilities).argmax(0).astype(np.uint8)
 
 
-def crf_pool(jobs: Iterable[tuple[np.ndarray, np.ndarray, Any]], processes: int) -> Iterator[tuple[np.ndarray, Any]]:
+def crf_pool(
+    jobs: Iterable[tuple[np.ndarray, np.ndarray, Any]], processes: int
+) -> Iterator[tuple[np.ndarray, Any]]:
     """`crf_labels` over worker processes; 0 or 1: in this process.
 
     Jobs (image, probabilities, rest) become (labels, rest), in order. They are drawn lazily, at most two per worker

@@ -42,7 +42,9 @@ class PixelAdaptiveRefinement(nn.Module):
         mean = sum(self._neighbours(image)) / count
         variance = sum((n - mean).square_() for n in self._neighbours(image)) / (count - 1)
         scale = 1 / (image.shape[1] * (self.SPREAD * (variance.sqrt() + self.EPSILON)) ** 2)
-        logits = torch.stack([((n - image).square_() * scale).sum(1).neg_() for n in self._neighbours(image)], 1)
+        logits = torch.stack(
+            [((n - image).square_() * scale).sum(1).neg_() for n in self._neighbours(image)], 1
+        )
         return logits.softmax(1).add_(self.position.view(-1, 1, 1))
 
     @torch.no_grad()

@@ -17,7 +17,9 @@ def _refined_labels(
     half = (height // 2, width // 2)
     present = label > 0
     slots = int(present.sum(1).max())
-    order = present.float().sort(dim=1, descending=True, stable=True).indices[:, :slots]  # [B, slots], present first
+    order = (
+        present.float().sort(dim=1, descending=True, stable=True).indices[:, :slots]
+    )  # [B, slots], present first
     absent = ~present.gather(1, order)[:, :, None, None]
     cam = cam.float().gather(1, order[:, :, None, None].expand(-1, -1, height, width))
     cam = F.interpolate(cam, half, mode="bilinear") if slots else cam.new_zeros(b, 0, *half)
@@ -27,12 +29,21 @@ def _refined_labels(
     refined = par(F.interpolate(image.float(), half, mode="bilinear"), torch.cat(scores, 1))
     refined = F.interpolate(refined, (height, width), mode="bilinear")
     classes = F.pad(order + 1, (1, 0))  # slot → class id, slot 0 is background
-    return [classes.gather(1, r.max(1).indices.flatten(1)).view(b, height, width) for r in refined.split(slots + 1, 1)]
+    return [
+        classes.gather(1, r.max(1).indices.flatten(1)).view(b, height, width)
+        for r in refined.split(slots + 1, 1)
+    ]
 
 
 @torch.no_grad()
 def two_threshold_labels(
-    image: Tensor, cam: Tensor, label: Tensor, box: Tensor, par: PixelAdaptiveRefinement, high: float, low: float
+    image: Tensor,
+    cam: Tensor,
+    label: Tensor,
+    box: Tensor,
+    par: PixelAdaptiveRefinement,
+    high: float,
+    low: float,
 ) -> Tensor:
     """Pixel pseudo-labels with a band of doubt between two background thresholds (ToCo, Section 3.4; AFA).
 

@@ -24,7 +24,9 @@ TINY = 1e-7  # taken as 0: products of such numbers become denormal, which proce
 GOLDEN = 1.068297188920841  # root of x¹¹ = x + 1: its powers give an evenly spread ten-dimensional sequence
 
 
-def bilateral_filter(image: Tensor, values: Tensor, sigma_xy: float, sigma_rgb: float, exact: bool = False) -> Tensor:
+def bilateral_filter(
+    image: Tensor, values: Tensor, sigma_xy: float, sigma_rgb: float, exact: bool = False
+) -> Tensor:
     """Σ_j exp(−‖Δxy_ij‖² / 2σ_xy² − ‖Δrgb_ij‖² / 2σ_rgb²) · values_j over all pixels j, i itself included.
 
     Args:
@@ -58,7 +60,9 @@ def _all_pairs(features: Tensor, values: Tensor) -> Tensor:
 
 def _grid(features: Tensor, values: Tensor) -> Tensor:
     """The same by splat, blur and slice."""
-    where = _compact(features) / STEP + 1.2  # room for the splines; black on a node exactly would come out too heavy
+    where = (
+        _compact(features) / STEP + 1.2
+    )  # room for the splines; black on a node exactly would come out too heavy
     pixels, channels = values.shape
     shape = [ceil(end) + 2 for end in where.amax(1).tolist()]
     strides = [prod(shape[axis + 1 :]) for axis in range(5)]
@@ -78,14 +82,20 @@ def _grid(features: Tensor, values: Tensor) -> Tensor:
         grid.index_add_(0, draw, values)
     # blur colours for some positions at a time, then positions for some colours at a time
     kernels = [_kernel(size, grid) for size in shape]
-    _blur(grid.view(prod(shape[:2]), *shape[2:], channels), {axis - 1: kernels[axis] for axis in (4, 3, 2)}, 0)
+    _blur(
+        grid.view(prod(shape[:2]), *shape[2:], channels), {axis - 1: kernels[axis] for axis in (4, 3, 2)}, 0
+    )
     _blur(grid.view(*shape[:2], -1), {axis: kernels[axis] for axis in (1, 0)}, 2)
     # slice: the 27 nodes around a colour at once, for each of the 9 around a position
     nearest = where.round()
     t = where - nearest
-    taps = torch.stack([(0.5 - t).square() / 2, 0.75 - t.square(), (0.5 + t).square() / 2])  # [3 nodes, 5 axes, P]
+    taps = torch.stack(
+        [(0.5 - t).square() / 2, 0.75 - t.square(), (0.5 + t).square() / 2]
+    )  # [3 nodes, 5 axes, P]
     weights = torch.einsum("ap,bp,cp->pabc", *taps[:, 2:].unbind(1)).reshape(pixels, 27)
-    around = [sum(a * s for a, s in zip(step, strides[2:], strict=True)) for step in product((-1, 0, 1), repeat=3)]
+    around = [
+        sum(a * s for a, s in zip(step, strides[2:], strict=True)) for step in product((-1, 0, 1), repeat=3)
+    ]
     index = node(nearest)[:, None] + torch.tensor(around, device=values.device)
     result = torch.zeros_like(values)
     for y, x in product(range(3), repeat=2):

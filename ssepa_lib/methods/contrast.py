@@ -42,7 +42,9 @@ def local_views(
     rows, columns = height - size + 1, width - size + 1  # possible corners
     if min(rows, columns) < 1 or rows * columns < number:
         crop = min(height, width)
-        raise UserError(f"contrast.local_size {size} leaves no room for {number} crops in data.crop {crop}; lower it.")
+        raise UserError(
+            f"contrast.local_size {size} leaves no room for {number} crops in data.crop {crop}; lower it."
+        )
     middle = size // 2
     allowed = (regions[:, middle : middle + rows, middle : middle + columns] <= 1).flatten(1)
     allowed |= allowed.sum(1, keepdim=True) < number  # too few such places: anywhere

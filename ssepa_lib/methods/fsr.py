@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ssepa_lib.labels.cam import normalise_cam
 from ssepa_lib.device import over_processes, own_share
+from ssepa_lib.labels.cam import normalise_cam
 from ssepa_lib.model.network import Network, NetworkOutput, ProjectionHead
 from ssepa_lib.recipe import Recipe, ReinforceConfig
 
@@ -148,7 +148,9 @@ class SelfReinforcement(nn.Module):
     def __init__(self, network: Network, recipe: Recipe):
         super().__init__()
         self.config, shape = recipe.reinforce, recipe.contrast
-        self.projector = ProjectionHead(network.backbone.width, shape.hidden, shape.bottleneck, self.config.outputs)
+        self.projector = ProjectionHead(
+            network.backbone.width, shape.hidden, shape.bottleneck, self.config.outputs
+        )
         self.teacher = Teacher(self._student(network))
         self.centers = Centers(self.config.outputs, self.config.center_momentum)
 
@@ -156,9 +158,15 @@ class SelfReinforcement(nn.Module):
         return nn.ModuleDict({"network": network, "projector": self.projector})
 
     def forward(
-        self, network: Callable[..., NetworkOutput], view1: Tensor, view2: Tensor, label: Tensor, *,
-        fraction: float, generator: torch.Generator,
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self,
+        network: Callable[..., NetworkOutput],
+        view1: Tensor,
+        view2: Tensor,
+        label: Tensor,
+        *,
+        fraction: float,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
         """Both self-reinforcement losses of one batch; in training mode the centres move afterwards.
 
         The teacher sees both views whole, the student the second one masked. What is uncertain is read from the

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.methods.bilateral import bilateral_filter
 from ssepa_lib.device import over_processes, rank_and_world
 from ssepa_lib.labels.pseudo_labels import IGNORE, inside
+from ssepa_lib.methods.bilateral import bilateral_filter
 
 ENERGY_WEIGHT, SIGMA_XY, SIGMA_RGB = 1e-7, 50.0, 15.0  # at half image size; colours in 0..255
 
@@ -31,7 +31,11 @@ def patch_token_contrast(patches: Tensor, token_labels: Tensor) -> Tensor:
         similarity = (unit @ unit.mT).abs()  # [B, N, N]
     same = token_labels[:, :, None] == token_labels[:, None, :]
     known = token_labels != IGNORE
-    counted = known[:, :, None] & known[:, None, :] & ~torch.eye(same.shape[1], dtype=torch.bool, device=same.device)
+    counted = (
+        known[:, :, None]
+        & known[:, None, :]
+        & ~torch.eye(same.shape[1], dtype=torch.bool, device=same.device)
+    )
     positive, negative = same & counted, ~same & counted
     # the 1 in the denominator is the whole batch's, whatever share of it this process has
     one = 1 / rank_and_world()[1]
@@ -120,7 +124,9 @@ class _DenseEnergy(torch.autograd.Function):
         return -2 * gradient * ctx.saved_tensors[0], None, None, None
 
 
-def dense_energy(image: Tensor, logits: Tensor, target: Tensor, box: Tensor, *, exact: bool = False) -> Tensor:
+def dense_energy(
+    image: Tensor, logits: Tensor, target: Tensor, box: Tensor, *, exact: bool = False
+) -> Tensor:
     """Dense conditional-random-field energy of a soft segmentation ("rloss"; ToCo, L_reg), times 1e-7.
 
     Everything runs at half size: image and masks by nearest, softmax probabilities S by bilinear resizing. With R the
@@ -141,4 +147,6 @@ def dense_energy(image: Tensor, logits: Tensor, target: Tensor, box: Tensor, *, 
     region = F.interpolate(inside(box, (height, width))[:, None].float(), half)  # [B, 1, H/2, W/2]
     unlabelled = F.interpolate((target == IGNORE)[:, None].float(), half) > 0
     gate = (region - probabilities.detach().amax(1, keepdim=True)).clamp(min=0).masked_fill(unlabelled, 1)
-    return ENERGY_WEIGHT * _DenseEnergy.apply(probabilities * region, F.interpolate(image.float(), half), gate, exact)
+    return ENERGY_WEIGHT * _DenseEnergy.apply(
+        probabilities * region, F.interpolate(image.float(), half), gate, exact
+    )

@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.labels.cam import Cams, multi_scale_cam
-from ssepa_lib.methods.contrast import local_views, region_map
+from ssepa_lib.data.views import Batch
 from ssepa_lib.device import over_processes
+from ssepa_lib.labels.cam import Cams, multi_scale_cam
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
+from ssepa_lib.labels.pseudo_labels import inside, token_labels, two_threshold_labels
+from ssepa_lib.methods.contrast import local_views, region_map
+from ssepa_lib.methods.fsr import SelfReinforcement
 from ssepa_lib.methods.losses import (
     class_token_contrast,
     classification_loss,
@@ -23,11 +27,7 @@ from ssepa_lib.methods.losses import (
     segmentation_loss,
 )
 from ssepa_lib.model.network import Network, NetworkOutput, ProjectionHead, evaluating
-from ssepa_lib.labels.pseudo_labels import inside, token_labels, two_threshold_labels
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.labels.par import PixelAdaptiveRefinement
-from ssepa_lib.methods.fsr import SelfReinforcement
-from ssepa_lib.data.views import Batch
 
 
 @dataclass
@@ -64,15 +64,22 @@ class Step:
         stochastic = self.recipe.model.drop_path > 0  # then the training pass is not the inference pass
         first = None if stochastic else self.out
         with evaluating(self.network):
-            return multi_scale_cam(self.network, self.batch.image, self.batch.label, self.recipe.cam,
-                                   affinity=self.with_affinity, first=first)  # fmt: skip
+            return multi_scale_cam(
+                self.network,
+                self.batch.image,
+                self.batch.label,
+                self.recipe.cam,
+                affinity=self.with_affinity,
+                first=first,
+            )
 
     @cached_property
     def pseudo_label(self) -> Tensor:
         """[B, H, W], two-threshold labels of the (refined) CAM after PAR."""
         cam = self.recipe.cam
-        return two_threshold_labels(self.batch.image, self.cams.best, self.batch.label, self.batch.box, self.par,
-                                    cam.high, cam.low)  # fmt: skip
+        return two_threshold_labels(
+            self.batch.image, self.cams.best, self.batch.label, self.batch.box, self.par, cam.high, cam.low
+        )
 
     @cached_property
     def token_label(self) -> Tensor:
@@ -91,8 +98,10 @@ class Classification(nn.Module):
     """L_cls and L_m.cls (SS-EPA, Eq. 2)."""
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        return {"cls": classification_loss(step.out.scores, step.batch.label),
-                "aux_cls": classification_loss(step.out.aux_scores, step.batch.label)}  # fmt: skip
+        return {
+            "cls": classification_loss(step.out.scores, step.batch.label),
+            "aux_cls": classification_loss(step.out.aux_scores, step.batch.label),
+        }
 
 
 class PatchTokenContrast(nn.Module):
@@ -116,8 +125,9 @@ class ClassTokenContrast(nn.Module):
     def forward(self, step: Step) -> dict[str, Tensor]:
         c, batch, cam = self.config, step.batch, step.recipe.cam
         regions = region_map(step.cams.aux_cam, cam.low, cam.high)
-        crops, positive = local_views(batch.local_source, regions, c.local_crops, c.local_size, c.negative_below,
-                                      step.generator)  # fmt: skip
+        crops, positive = local_views(
+            batch.local_source, regions, c.local_crops, c.local_size, c.negative_below, step.generator
+        )
         views = [step.out.cls.unsqueeze(1), step.network(batch.global2, segment=False).cls.unsqueeze(1)]
         local = step.network(crops.flatten(0, 1), segment=False).cls.unflatten(0, crops.shape[:2])
         tokens = torch.cat([*views, local], 1)  # [B, 2+V, D]
@@ -141,7 +151,9 @@ class Segmentation(nn.Module):
             return {}
         logits, label = step.out.segmentation.float(), step.pseudo_label
         full = F.interpolate(logits, label.shape[-2:], mode="bilinear", align_corners=False)
-        reg = dense_energy(step.batch.image, full, label, step.batch.box)  # first: its filter is the peak of memory
+        reg = dense_energy(
+            step.batch.image, full, label, step.batch.box
+        )  # first: its filter is the peak of memory
         return {"seg": segmentation_loss(full, label), "reg": reg}
 
 
@@ -207,7 +219,9 @@ class HaafSupervision(nn.Module):
         maps = self._refined(step).transpose(1, 2).unflatten(2, (h, w))
         small = F.interpolate(step.batch.image.float(), (4 * h, 4 * w), mode="area")
         with torch.no_grad():
-            target = step.par(small, F.interpolate(maps, (4 * h, 4 * w), mode="bilinear", align_corners=False))
+            target = step.par(
+                small, F.interpolate(maps, (4 * h, 4 * w), mode="bilinear", align_corners=False)
+            )
             target = F.adaptive_avg_pool2d(target, (h, w))
         return over_processes((maps - target).abs().mean((2, 3)).sum(), step.batch.label.sum())
 
@@ -218,11 +232,15 @@ class HaafSupervision(nn.Module):
         return over_processes((pixel * step.batch.label).sum(), step.batch.label.sum())
 
     def _equivariance(self, step: Step) -> Tensor:
-        copy = F.interpolate(step.batch.image.float().flip(-1), scale_factor=1.4, mode="bilinear", align_corners=False)
+        copy = F.interpolate(
+            step.batch.image.float().flip(-1), scale_factor=1.4, mode="bilinear", align_corners=False
+        )
         with torch.no_grad():
             other = step.network(copy, segment=False, affinity=True)
         as_map = lambda x, out: x.transpose(1, 2).unflatten(2, out.grid)  # noqa: E731
-        there = F.interpolate(as_map(self._refined(step, other), other), step.out.grid, mode="bilinear").flip(-1)
+        there = F.interpolate(as_map(self._refined(step, other), other), step.out.grid, mode="bilinear").flip(
+            -1
+        )
         here = as_map(self._refined(step), step.out)
         return over_processes((here - there).abs().mean((2, 3)).sum(), step.batch.label.sum())
 
@@ -248,8 +266,14 @@ class FeatureReinforcement(nn.Module):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         batch = step.batch
-        return self.core(step.network, batch.image, batch.view2, batch.label, fraction=step.fraction,
-                         generator=step.generator)  # fmt: skip
+        return self.core(
+            step.network,
+            batch.image,
+            batch.view2,
+            batch.label,
+            fraction=step.fraction,
+            generator=step.generator,
+        )
 
     def finish(self, network: Network, fraction: float) -> None:
         """Move the teacher after the optimiser's step."""

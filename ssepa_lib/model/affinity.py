@@ -51,12 +51,25 @@ class PatchAffinity:
     """
 
     def __init__(
-        self, queries: list[Tensor], keys: list[Tensor], prefix: int, *,
-        weigh: Callable[[Tensor], Tensor] | None = None, source: str = "softmax", strategy: str = "haaf_fused",
-        descriptor: str = "patch", steps: int = 1,
-    ):  # fmt: skip
+        self,
+        queries: list[Tensor],
+        keys: list[Tensor],
+        prefix: int,
+        *,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+        source: str = "softmax",
+        strategy: str = "haaf_fused",
+        descriptor: str = "patch",
+        steps: int = 1,
+    ):
         self.queries, self.keys, self.prefix = queries, keys, prefix
-        self.weigh, self.source, self.strategy, self.pooling, self.steps = weigh, source, strategy, descriptor, steps
+        self.weigh, self.source, self.strategy, self.pooling, self.steps = (
+            weigh,
+            source,
+            strategy,
+            descriptor,
+            steps,
+        )
         self.scale = queries[0].shape[-1] ** -0.5
         self.patches = queries[0].shape[2] - prefix
         self._weights: Tensor | None = None

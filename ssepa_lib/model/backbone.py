@@ -74,21 +74,29 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = _create_vit(config)
         if not hasattr(self.vit, "blocks") or not hasattr(self.vit, "_pos_embed"):
-            raise UserError(f"model.backbone '{config.backbone}' is not a plain vision transformer; choose a timm ViT.")
+            raise UserError(
+                f"model.backbone '{config.backbone}' is not a plain vision transformer; choose a timm ViT."
+            )
         self.width: int = self.vit.num_features
         self.depth = len(self.vit.blocks)
         self.heads: int = self.vit.blocks[0].attn.num_heads
         if not -self.depth <= config.aux_block < self.depth:
-            raise UserError(f"model.aux_block is {config.aux_block} but '{config.backbone}' has {self.depth} blocks; "
-                            f"choose {-self.depth}..{self.depth - 1}.")  # fmt: skip
+            raise UserError(
+                f"model.aux_block is {config.aux_block} but '{config.backbone}' has {self.depth} blocks; "
+                f"choose {-self.depth}..{self.depth - 1}."
+            )
         self.aux_block = config.aux_block % self.depth
         self.patch_size: tuple[int, int] = self.vit.patch_embed.patch_size
         self.drop_prefix = config.aggregator != "class_token" and not config.keep_class_token
         self.prefix = 0 if self.drop_prefix else self.vit.num_prefix_tokens
         self.checkpointing = checkpointing
         cfg = self.vit.pretrained_cfg
-        self.register_buffer("mean", 255 * torch.tensor(config.mean or cfg["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(config.std or cfg["std"]).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", 255 * torch.tensor(config.mean or cfg["mean"]).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", 255 * torch.tensor(config.std or cfg["std"]).view(3, 1, 1), persistent=False
+        )
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         if not config.train_pos_embed and self.vit.pos_embed is not None:
             self.vit.pos_embed.requires_grad_(False)
@@ -104,7 +112,9 @@ class Backbone(nn.Module):
         """
         (ph, pw) = self.patch_size
         if height < ph or width < pw:
-            raise UserError(f"an image of {height}×{width} pixels is smaller than a {ph}×{pw} patch; use a larger one.")
+            raise UserError(
+                f"an image of {height}×{width} pixels is smaller than a {ph}×{pw} patch; use a larger one."
+            )
         return round(height / ph), round(width / pw)
 
     def _embed(self, image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
@@ -121,8 +131,10 @@ class Backbone(nn.Module):
         x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
         if self.drop_prefix:
             if rope is not None:
-                raise UserError("model.aggregator other than class_token needs a backbone without rotary positions; "
-                                "set model.keep_class_token or choose another model.backbone.")  # fmt: skip
+                raise UserError(
+                    "model.aggregator other than class_token needs a backbone without rotary positions; "
+                    "set model.keep_class_token or choose another model.backbone."
+                )
             x = x[:, self.vit.num_prefix_tokens :]
         return self.vit.norm_pre(x), rope, (h, w)
 
@@ -148,13 +160,20 @@ class Backbone(nn.Module):
                 aux = x
         attention.capture = False  # a recomputed block must not record again
         if capture and len(attention.queries) != self.depth:
-            raise UserError("the backbone does not use fused attention, so its affinity cannot be read; "
-                            "unset TIMM_FUSED_ATTN=0 or choose a plain vision transformer.")  # fmt: skip
+            raise UserError(
+                "the backbone does not use fused attention, so its affinity cannot be read; "
+                "unset TIMM_FUSED_ATTN=0 or choose a plain vision transformer."
+            )
         x = self.vit.fc_norm(self.vit.norm(x))
         return BackboneOutput(
-            patches=x[:, self.prefix :], aux=aux[:, self.prefix :], cls=x[:, 0] if self.prefix else None, grid=grid,
-            prefix=self.prefix, queries=attention.queries, keys=attention.keys,
-        )  # fmt: skip
+            patches=x[:, self.prefix :],
+            aux=aux[:, self.prefix :],
+            cls=x[:, 0] if self.prefix else None,
+            grid=grid,
+            prefix=self.prefix,
+            queries=attention.queries,
+            keys=attention.keys,
+        )
 
 
 def weights_path(config: ModelConfig) -> Path | None:
@@ -171,16 +190,22 @@ def _create_vit(config: ModelConfig) -> nn.Module:
     path = weights_path(config)
     if path is not None and not path.is_file():
         raise UserError(f"weight file {path} does not exist; correct model.weights or leave it empty.")
-    options = dict(config.backbone_args, num_classes=0, drop_path_rate=config.drop_path, dynamic_img_size=True)
+    options = dict(
+        config.backbone_args, num_classes=0, drop_path_rate=config.drop_path, dynamic_img_size=True
+    )
     download = path is None and config.weights != "none"
     try:
         vit = timm.create_model(config.backbone, pretrained=download, **options)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
-                        "model.backbone_args.") from error  # fmt: skip
+        raise UserError(
+            f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
+            "model.backbone_args."
+        ) from error
     except OSError as error:  # what a hub download raises without a network
-        raise UserError(f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
-                        f"into {weights_root()} or set model.weights.") from error  # fmt: skip
+        raise UserError(
+            f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
+            f"into {weights_root()} or set model.weights."
+        ) from error
     if path is not None:
         _load_weights(vit, path, config.backbone)
     return vit
@@ -191,17 +216,23 @@ def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"weight file {path} is not a readable safetensors file ({error}); fetch it again.") from error
+        raise UserError(
+            f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
+        ) from error
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     try:
         state = checkpoint_filter_fn({k: v.float() for k, v in state.items()}, vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"weight file {path} does not fit the backbone '{name}': "
-                        f"{str(error).splitlines()[-1].strip()}; correct model.backbone, model.backbone_args or "
-                        "model.weights.") from error  # fmt: skip
+        raise UserError(
+            f"weight file {path} does not fit the backbone '{name}': "
+            f"{str(error).splitlines()[-1].strip()}; correct model.backbone, model.backbone_args or "
+            "model.weights."
+        ) from error
     wrong = missing + [key for key in unexpected if not key.startswith(("head", "pre_logits", "fc_norm"))]
     if wrong:
-        raise UserError(f"weight file {path} does not fit the backbone '{name}' ({len(wrong)} tensors differ, first "
-                        f"{wrong[0]}); correct model.backbone, model.backbone_args or model.weights.")  # fmt: skip
+        raise UserError(
+            f"weight file {path} does not fit the backbone '{name}' ({len(wrong)} tensors differ, first "
+            f"{wrong[0]}); correct model.backbone, model.backbone_args or model.weights."
+        )

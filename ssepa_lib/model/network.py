@@ -42,10 +42,12 @@ class LargeFOV(nn.Module):
     def __init__(self, width: int, classes: int, hidden: int = 512):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(width, hidden, 3, padding=5, dilation=5, bias=False), nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, hidden, 3, padding=5, dilation=5, bias=False), nn.ReLU(inplace=True),
+            nn.Conv2d(width, hidden, 3, padding=5, dilation=5, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, hidden, 3, padding=5, dilation=5, bias=False),
+            nn.ReLU(inplace=True),
             nn.Conv2d(hidden, classes + 1, 1, bias=False),
-        )  # fmt: skip
+        )
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -63,13 +65,19 @@ class ProjectionHead(nn.Module):
     def __init__(self, width: int, hidden: int = 2048, bottleneck: int = 256, outputs: int = 1024):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.last = nn.Parameter(torch.empty(outputs, bottleneck).uniform_(-(bottleneck**-0.5), bottleneck**-0.5))
+        self.last = nn.Parameter(
+            torch.empty(outputs, bottleneck).uniform_(-(bottleneck**-0.5), bottleneck**-0.5)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.last, dim=-1))
@@ -90,7 +98,9 @@ class Network(nn.Module):
         self.aux_classifier = nn.Linear(width, number, bias=False)
         self.decoder = LargeFOV(width, number)
         self.aggregator = ClassAggregator(width, self.backbone.heads) if self.aggregation == "mca" else None
-        self.haaf = HAAF(self.backbone.depth, recipe.affinity.hidden) if recipe.affinity.kind == "haaf" else None
+        self.haaf = (
+            HAAF(self.backbone.depth, recipe.affinity.hidden) if recipe.affinity.kind == "haaf" else None
+        )
         if self.haaf is not None and recipe.affinity.supervision == "none":
             self.haaf.requires_grad_(False)  # the control: v' stays all ones
 
@@ -118,18 +128,31 @@ class Network(nn.Module):
         with torch.no_grad():
             cam, aux_cam = as_map(self.classifier(patches)), as_map(self.aux_classifier(tokens.aux))
         return NetworkOutput(
-            scores=scores, aux_scores=aux_scores,
-            cam=cam.float(), aux_cam=aux_cam.float(), patches=patches, aux=tokens.aux, cls=cls,
+            scores=scores,
+            aux_scores=aux_scores,
+            cam=cam.float(),
+            aux_cam=aux_cam.float(),
+            patches=patches,
+            aux=tokens.aux,
+            cls=cls,
             grid=(h, w),
             segmentation=self.decoder(as_map(patches)) if segment else None,
             affinity=self.patch_affinity(tokens.queries, tokens.keys, tokens.prefix) if affinity else None,
-        )  # fmt: skip
+        )
 
     def patch_affinity(self, queries: list[Tensor], keys: list[Tensor], prefix: int) -> PatchAffinity:
         """The recipe's affinity over captured queries and keys; without one, the uniform mean (for viewing)."""
         a = self.affinity_config
-        return PatchAffinity(queries, keys, prefix, weigh=self.haaf, source=a.source, strategy=a.strategy,
-                             descriptor=a.descriptor, steps=a.steps)  # fmt: skip
+        return PatchAffinity(
+            queries,
+            keys,
+            prefix,
+            weigh=self.haaf,
+            source=a.source,
+            strategy=a.strategy,
+            descriptor=a.descriptor,
+            steps=a.steps,
+        )
 
     def parameter_groups(self, optim: OptimConfig, haaf_lr: float) -> list[dict]:
         """Groups for the optimiser: backbone at `lr`, what is on top at `lr·head_lr_factor`, HAAF at its own rate."""

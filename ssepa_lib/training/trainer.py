@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssepa_lib.data.datasets import build_dataset
+from ssepa_lib.data.views import Batch, train_loader
 from ssepa_lib.device import precision, rank_and_world, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.network import Network, build_network, optimiser_groups
-from ssepa_lib.methods.objectives import Step, build_objectives, total_loss
-from ssepa_lib.recipe import Recipe, load_recipe, save_recipe
 from ssepa_lib.labels.par import PixelAdaptiveRefinement
-from ssepa_lib.data.views import Batch, train_loader
+from ssepa_lib.methods.objectives import Step, build_objectives, total_loss
+from ssepa_lib.model.network import Network, build_network, optimiser_groups
+from ssepa_lib.recipe import Recipe, load_recipe, save_recipe
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -57,11 +57,15 @@ class Trainer:
     def __init__(self, recipe: Recipe, classes: tuple[str, ...], device: torch.device, world: int = 1):
         self.recipe, self.device, self.world, self.index = recipe, device, world, 0
         self.network: Network = build_network(recipe, classes).to(device).train()
-        torch.manual_seed(recipe.train.seed + 1)  # heads start alike in every method, whatever the network drew
+        torch.manual_seed(
+            recipe.train.seed + 1
+        )  # heads start alike in every method, whatever the network drew
         self.objectives = build_objectives(recipe, self.network).to(device)
         self.par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
         groups = self.network.parameter_groups(recipe.optim, recipe.affinity.haaf_lr)
-        groups += optimiser_groups(self.objectives, recipe.optim.lr * recipe.optim.head_lr_factor, recipe.optim)
+        groups += optimiser_groups(
+            self.objectives, recipe.optim.lr * recipe.optim.head_lr_factor, recipe.optim
+        )
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(recipe, step)
@@ -111,13 +115,20 @@ class Trainer:
         parameters = [p for p, anywhere in zip(parameters, has.tolist(), strict=True) if anywhere]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         torch.distributed.all_reduce(flat)
-        for p, grad in zip(parameters, (flat / self.world).split([p.numel() for p in parameters]), strict=True):
+        for p, grad in zip(
+            parameters, (flat / self.world).split([p.numel() for p in parameters]), strict=True
+        ):
             p.grad = grad.view_as(p)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; plain tensors and numbers."""
-        return {"index": self.index, "network": self.network.state_dict(), "objectives": self.objectives.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}  # fmt: skip
+        return {
+            "index": self.index,
+            "network": self.network.state_dict(),
+            "objectives": self.objectives.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.index = state["index"]
@@ -187,14 +198,18 @@ def _prepare(recipe: Recipe, run_dir: Path, resume: bool) -> dict[str, Any] | No
         for name in ("state.pt", "weights.safetensors", "history.csv", "metrics.json"):
             (run_dir / name).unlink(missing_ok=True)
     elif old.is_file() and load_recipe(str(old)).hash() != recipe.hash():
-        raise UserError(f"{run_dir} holds a run of another recipe; choose another run name or remove that folder.")
+        raise UserError(
+            f"{run_dir} holds a run of another recipe; choose another run name or remove that folder."
+        )
     atomic(old, lambda part: save_recipe(recipe, part))
     if not state.is_file():
         return None
     try:
         return torch.load(state, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{state} cannot be read; remove it to train this run again from the start.") from error
+        raise UserError(
+            f"{state} cannot be read; remove it to train this run again from the start."
+        ) from error
 
 
 def is_finished(recipe: Recipe, run_dir: Path) -> bool:
@@ -268,8 +283,10 @@ def _loop(trainer: Trainer, dataset: Any, run_dir: Path, rank: int, on_step: OnS
         if done % recipe.train.log_every == 0 or last:
             row = history.flush(done, trainer.scheduler.get_last_lr()[0])
             if not math.isfinite(row["loss"]):
-                raise UserError(f"the loss is no longer finite at step {done} of {run_dir.name}; lower optim.lr or set "
-                                "train.precision to fp32, and train it again with another run name.")  # fmt: skip
+                raise UserError(
+                    f"the loss is no longer finite at step {done} of {run_dir.name}; lower optim.lr or set "
+                    "train.precision to fp32, and train it again with another run name."
+                )
             if on_step:
                 left = (time.perf_counter() - began) / (done - start) * (recipe.train.steps - done)
                 on_step({**row, "steps": recipe.train.steps, "seconds_left": left})
@@ -301,7 +318,9 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[Network, Recipe]:
     run_dir = Path(run_dir)
     weights = run_dir / "weights.safetensors"
     if not weights.is_file():
-        raise UserError(f"{run_dir} holds no finished run; train it first (notebook 03, or python -m ssepa_lib train).")
+        raise UserError(
+            f"{run_dir} holds no finished run; train it first (notebook 03, or python -m ssepa_lib train)."
+        )
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
     try:
         with safe_open(weights, "pt") as file:
@@ -311,5 +330,7 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[Network, Recipe]:
         network.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{weights} does not fit {run_dir / 'recipe.yaml'} ({reason}); train again.") from error
+        raise UserError(
+            f"{weights} does not fit {run_dir / 'recipe.yaml'} ({reason}); train again."
+        ) from error
     return network.to(resolve_device(device)).eval(), recipe

@@ -108,7 +108,9 @@ def _numpy(x: Array) -> np.ndarray:
 
 def _fit(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map [h, w] at image size, bilinear."""
-    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(values.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
+    )
 
 
 def _bare(ax: Axes, title: str = "") -> Axes:
@@ -143,9 +145,13 @@ def class_legend(masks: Sequence[Array], classes: Sequence[str]) -> list[Patch]:
 
 
 def show_mask(
-    mask: Array, classes: Sequence[str], ax: Axes | None = None, title: str = "",
-    image: Array | Image.Image | None = None, legend: bool = True,
-) -> Axes:  # fmt: skip
+    mask: Array,
+    classes: Sequence[str],
+    ax: Axes | None = None,
+    title: str = "",
+    image: Array | Image.Image | None = None,
+    legend: bool = True,
+) -> Axes:
     """A mask [H, W] in VOC colours, over its image where given; the legend names the classes it shows."""
     ax = _axes(ax, (3, 3))
     colours = mask_colours(mask)
@@ -155,15 +161,27 @@ def show_mask(
     ax.imshow(colours)
     entries = class_legend([mask], classes) if legend else []
     if entries:
-        ax.legend(handles=entries, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize="x-small",
-                  handlelength=1, columnspacing=1)  # fmt: skip
+        ax.legend(
+            handles=entries,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            ncols=2,
+            fontsize="x-small",
+            handlelength=1,
+            columnspacing=1,
+        )
     return _bare(ax, title)
 
 
 def show_cam(
-    cam: Array, image: Array | Image.Image, ax: Axes | None = None, title: str = "", opacity: float = 0.65,
-    limits: tuple[float, float] = (0, 1), bar: str = "",
-) -> Axes:  # fmt: skip
+    cam: Array,
+    image: Array | Image.Image,
+    ax: Axes | None = None,
+    title: str = "",
+    opacity: float = 0.65,
+    limits: tuple[float, float] = (0, 1),
+    bar: str = "",
+) -> Axes:
     """A map [h, w] over its image in grey; bright is high. `bar` labels a colour bar."""
     ax = _axes(ax, (3, 3))
     pixels = _pixels(image)
@@ -189,9 +207,12 @@ def _shared_legend(axes: np.ndarray, entries: list[Patch]) -> None:
 
 
 def cam_grid(
-    images: Sequence[Array], masks: Sequence[Array] | None, maps: Mapping[str, Sequence[Array]],
-    classes: Sequence[str], names: Sequence[str] | None = None,
-) -> np.ndarray:  # fmt: skip
+    images: Sequence[Array],
+    masks: Sequence[Array] | None,
+    maps: Mapping[str, Sequence[Array]],
+    classes: Sequence[str],
+    names: Sequence[str] | None = None,
+) -> np.ndarray:
     """Maps side by side (SS-EPA, Figure 5): one row per image; columns input, ground truth, then each kind of map.
 
     Args:
@@ -221,9 +242,11 @@ def cam_grid(
 
 
 def mask_grid(
-    images: Sequence[Array], masks: Mapping[str, Sequence[Array]], classes: Sequence[str],
+    images: Sequence[Array],
+    masks: Mapping[str, Sequence[Array]],
+    classes: Sequence[str],
     names: Sequence[str] | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Pseudo-labels or segmentations side by side (SS-EPA, Figures 6 and 7): rows images, columns input and masks.
 
     Args:
@@ -247,7 +270,12 @@ def mask_grid(
 
 
 def affinity_row(
-    image: Array | Image.Image, row: Array, patch: int, grid: tuple[int, int], ax: Axes | None = None, title: str = ""
+    image: Array | Image.Image,
+    row: Array,
+    patch: int,
+    grid: tuple[int, int],
+    ax: Axes | None = None,
+    title: str = "",
 ) -> Axes:
     """From where one patch receives: a row [N] of the affinity over the image, the patch framed.
 
@@ -255,20 +283,26 @@ def affinity_row(
     """
     ax, (h, w) = _axes(ax, (3, 3)), grid
     pixels, values = _pixels(image), _numpy(row).reshape(h, w)
-    show_cam(values, image, ax, title, limits=(values.min(), max(np.quantile(values, 0.99), values.min() + 1e-12)))
+    show_cam(
+        values, image, ax, title, limits=(values.min(), max(np.quantile(values, 0.99), values.min() + 1e-12))
+    )
     high, wide = pixels.shape[0] / h, pixels.shape[1] / w
     y, x = divmod(patch, w)
     for colour, line in (("black", 3.5), ("#00e5ff", 1.8)):  # dark below light: seen on any picture
         ax.add_patch(
-            Rectangle((x * wide - 0.5, y * high - 0.5), wide, high, fill=False, edgecolor=colour, linewidth=line)
+            Rectangle(
+                (x * wide - 0.5, y * high - 0.5), wide, high, fill=False, edgecolor=colour, linewidth=line
+            )
         )
     return ax
 
 
 def layer_weights(
-    weights: Mapping[str, Array], miou: pd.Series | None = None, uniform: float | None = None,
+    weights: Mapping[str, Array],
+    miou: pd.Series | None = None,
+    uniform: float | None = None,
     axes: Sequence[Axes] | None = None,
-) -> Sequence[Axes]:  # fmt: skip
+) -> Sequence[Axes]:
     """HAAF's weight v' of every layer, and how good each layer is alone.
 
     Args:
@@ -282,14 +316,18 @@ def layer_weights(
     count = 1 if miou is None else 2
     if axes is None:
         axes = plt.subplots(count, 1, figsize=(6.4, 2.4 * count + 0.4), sharex=True, squeeze=False)[1][:, 0]
-    for (name, values), style in zip(weights.items(), ["-o", "-s", "-^", "-D", "-v"] * len(weights), strict=False):
+    for (name, values), style in zip(
+        weights.items(), ["-o", "-s", "-^", "-D", "-v"] * len(weights), strict=False
+    ):
         values = np.atleast_2d(_numpy(values))
         layers, mean, sd = np.arange(values.shape[1]), values.mean(0), values.std(0)
         (line,) = axes[0].plot(layers, mean, style, label=name, markersize=5)
         axes[0].fill_between(layers, mean - sd, mean + sd, color=line.get_color(), alpha=0.2, linewidth=0)
     axes[0].axhline(1, color="0.4", linestyle=":", label="uniform (all layers alike)")
     axes[0].set(ylabel="layer weight v'", xticks=layers, ylim=(0, None))
-    title = "band: ± sd over images" if any(np.ndim(w) == 2 and len(w) > 1 for w in weights.values()) else None
+    title = (
+        "band: ± sd over images" if any(np.ndim(w) == 2 and len(w) > 1 for w in weights.values()) else None
+    )
     axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1), title=title)
     if miou is not None:
         axes[1].bar(miou.index, miou, color="0.65", label="this layer alone")
@@ -317,7 +355,13 @@ def supervisions(table: pd.DataFrame, split: str) -> Sequence[Axes]:
     learned = table[table["affinity"].str.startswith("HAAF")].sort_values(split, ascending=False)
     height = 0.32 * len(learned)
     figure, ((top, corner), (heat, right)) = plt.subplots(
-        2, 2, figsize=(9, height + 2.6), width_ratios=(3, 1.2), height_ratios=(1.5, height), sharex="col", sharey="row"
+        2,
+        2,
+        figsize=(9, height + 2.6),
+        width_ratios=(3, 1.2),
+        height_ratios=(1.5, height),
+        sharex="col",
+        sharey="row",
     )
     corner.remove()
     at = np.arange(len(layers)) + 0.5
@@ -325,8 +369,17 @@ def supervisions(table: pd.DataFrame, split: str) -> Sequence[Axes]:
     top.axhline(miou["uniform mean"], color="C0", linestyle="--")
     top.set(ylabel="mIoU, %", title=f"refined CAM, {split}: one layer alone")
     names = [name.removeprefix("HAAF, ") for name in learned["affinity"]]
-    sns.heatmap(learned[layers].to_numpy(), ax=heat, cmap="Blues", annot=True, fmt=".1f", cbar=False, linewidths=0.5,
-                yticklabels=names, annot_kws={"size": "x-small"})  # fmt: skip
+    sns.heatmap(
+        learned[layers].to_numpy(),
+        ax=heat,
+        cmap="Blues",
+        annot=True,
+        fmt=".1f",
+        cbar=False,
+        linewidths=0.5,
+        yticklabels=names,
+        annot_kws={"size": "x-small"},
+    )
     heat.set_xticks(at, range(len(layers)))
     heat.tick_params(axis="y", rotation=0)
     heat.set(xlabel="layer (0 = first)", ylabel="HAAF trained by")
@@ -344,9 +397,11 @@ def supervisions(table: pd.DataFrame, split: str) -> Sequence[Axes]:
 
 
 def learning_curves(
-    histories: Mapping[str, pd.DataFrame | Path | str], terms: Sequence[str] | None = None, columns: int = 4,
+    histories: Mapping[str, pd.DataFrame | Path | str],
+    terms: Sequence[str] | None = None,
+    columns: int = 4,
     smooth: int = 1,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """One panel per loss term, one line per run.
 
     Args:
@@ -359,14 +414,24 @@ def learning_curves(
     """
     tables = {run: h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for run, h in histories.items()}
     if terms is None:
-        terms = [c for c in dict.fromkeys(c for t in tables.values() for c in t) if c not in ("step", "seconds")]
+        terms = [
+            c for c in dict.fromkeys(c for t in tables.values() for c in t) if c not in ("step", "seconds")
+        ]
     columns = min(columns, len(terms))
     rows = -(-len(terms) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2 * rows + 0.5), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns, 2 * rows + 0.5), sharex=True, squeeze=False
+    )
     for ax, term in zip(axes.flat, terms, strict=False):
         for run, table in tables.items():
-            shown = table[["step", term]].dropna() if term in table else table[["step"]].iloc[:0].assign(**{term: []})
-            ax.plot(shown["step"], shown[term].rolling(smooth, min_periods=1).mean(), label=run, linewidth=1.4)
+            shown = (
+                table[["step", term]].dropna()
+                if term in table
+                else table[["step"]].iloc[:0].assign(**{term: []})
+            )
+            ax.plot(
+                shown["step"], shown[term].rolling(smooth, min_periods=1).mean(), label=run, linewidth=1.4
+            )
         ax.set_title(TERM_NAMES.get(term, term), fontsize="small")
         ax.ticklabel_format(axis="y", scilimits=(-2, 3))
     for ax in axes.flat[len(terms) :]:
@@ -374,7 +439,9 @@ def learning_curves(
     for column in range(columns):
         axes[max(r for r in range(rows) if r * columns + column < len(terms)), column].set_xlabel("step")
     if len(tables) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(tables), 4))
+        figure.legend(
+            *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(tables), 4)
+        )
     return axes.ravel()[: len(terms)]
 
 
@@ -407,7 +474,9 @@ STATISTICS = {
 }
 
 
-def attention_strip(statistics: Mapping[str, pd.DataFrame], value: str = "entropy", ax: Axes | None = None) -> Axes:
+def attention_strip(
+    statistics: Mapping[str, pd.DataFrame], value: str = "entropy", ax: Axes | None = None
+) -> Axes:
     """One dot per head against depth, one colour per run; lines join the means over heads (FSR, entropy analysis).
 
     Args:
@@ -419,7 +488,16 @@ def attention_strip(statistics: Mapping[str, pd.DataFrame], value: str = "entrop
     dodge = len(statistics) > 1
     colours = sns.color_palette(n_colors=len(statistics))
     sns.stripplot(
-        table, x="layer", y=value, hue="run", dodge=dodge, jitter=0.08, size=4, alpha=0.7, palette=colours, ax=ax
+        table,
+        x="layer",
+        y=value,
+        hue="run",
+        dodge=dodge,
+        jitter=0.08,
+        size=4,
+        alpha=0.7,
+        palette=colours,
+        ax=ax,
     )
     for i, (_, t) in enumerate(statistics.items()):
         mean = t.groupby("layer")[value].mean()
@@ -447,8 +525,14 @@ def memory_bars(measured: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for b, batch in enumerate(batches):
             if STRATEGIES[strategy] in published.index and f"batch {batch}" in published:
                 at = x + 0.8 * ((b + 0.5) / len(batches) - 0.5)
-                ax.plot(at, float(published.loc[STRATEGIES[strategy], f"batch {batch}"]), "D", color="C1",
-                        markeredgecolor="black", markersize=6)  # fmt: skip
+                ax.plot(
+                    at,
+                    float(published.loc[STRATEGIES[strategy], f"batch {batch}"]),
+                    "D",
+                    color="C1",
+                    markeredgecolor="black",
+                    markersize=6,
+                )
     for bars in ax.containers:
         ax.bar_label(bars, fmt="%.1f", padding=2, fontsize="x-small")
     names = {
@@ -461,7 +545,12 @@ def memory_bars(measured: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="", ylabel="peak memory of a step, GB")
     handles, labels = ax.get_legend_handles_labels()
     handles.append(plt.Line2D([], [], marker="D", color="C1", markeredgecolor="black", linestyle=""))
-    ax.legend(handles, [f"batch {label}" for label in labels] + ["published"], loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(
+        handles,
+        [f"batch {label}" for label in labels] + ["published"],
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
     return ax
 
 
@@ -510,9 +599,18 @@ def crop_views(
     colours = sns.color_palette("cividis", 3)
     pixels = (255 * np.array(colours)[_numpy(regions).astype(int)]).astype(np.uint8)
     show_image((0.35 * _pixels(image) + 0.65 * pixels).astype(np.uint8), axes[1], "regions (auxiliary CAM)")
-    entries = [Patch(color=c, label=n) for c, n in zip(colours, ("background", "uncertain", "object"), strict=True)]
-    axes[1].legend(handles=entries, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize="x-small",
-                   handlelength=1, columnspacing=0.8)  # fmt: skip
+    entries = [
+        Patch(color=c, label=n) for c, n in zip(colours, ("background", "uncertain", "object"), strict=True)
+    ]
+    axes[1].legend(
+        handles=entries,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=3,
+        fontsize="x-small",
+        handlelength=1,
+        columnspacing=0.8,
+    )
     for i, (crop, good) in enumerate(zip(crops, positive, strict=True)):
         ax = show_image(crop, figure.add_subplot(grid[i // columns, 4 + i % columns]))
         ax.set_title("positive" if good else "negative", fontsize="small", color="C0" if good else "C3")
@@ -530,12 +628,18 @@ def compare_runs(runs: pd.DataFrame, metrics: Sequence[str], ax: Axes | None = N
         metrics: products to show, one group of bars each.
     """
     ax = _axes(ax, (8.5, 3.8))
-    long = runs.melt(id_vars=["method", "seed"], value_vars=list(metrics), var_name="product", value_name="miou")
-    long = long.assign(miou=long["miou"].astype(float), method=[METHODS.get(m, m) for m in long["method"]]).dropna()
+    long = runs.melt(
+        id_vars=["method", "seed"], value_vars=list(metrics), var_name="product", value_name="miou"
+    )
+    long = long.assign(
+        miou=long["miou"].astype(float), method=[METHODS.get(m, m) for m in long["method"]]
+    ).dropna()
     order = [p for p in metrics if p in set(long["product"])]
     common = {"x": "product", "y": "miou", "hue": "method", "order": order, "ax": ax}
     sns.barplot(long, errorbar=None, alpha=0.75, **common)
-    sns.stripplot(long, dodge=True, size=3.5, color="black", jitter=0.05, legend=False, palette="dark:black", **common)
+    sns.stripplot(
+        long, dodge=True, size=3.5, color="black", jitter=0.05, legend=False, palette="dark:black", **common
+    )
     ax.set_xticks(range(len(order)), [PRODUCT_NAMES[p].replace(", ", ",\n") for p in order])
     ax.set(xlabel="", ylabel="mIoU, %")
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="bar: mean, dot: one seed")

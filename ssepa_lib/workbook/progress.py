@@ -66,7 +66,9 @@ class Display:
         if state["step"] >= state["steps"]:
             return ""
         left = clock(state["seconds_left"])
-        return f"{state['label']}: step {state['step']}/{state['steps']}, loss {state['loss']:.3f}, {left} left"
+        return (
+            f"{state['label']}: step {state['step']}/{state['steps']}, loss {state['loss']:.3f}, {left} left"
+        )
 
     def render(self):
         """The table of notebooks, as of now."""
@@ -78,7 +80,11 @@ class Display:
         colours = {"done": "green", "failed": "red", "skipped": "yellow", "running": "bold cyan"}
         for name, (state, cell, taken) in self.rows.items():
             running = state == "running"
-            cells = (self.cell, clock(time.time() - self.began), self.training()) if running else (cell, taken, "")
+            cells = (
+                (self.cell, clock(time.time() - self.began), self.training())
+                if running
+                else (cell, taken, "")
+            )
             table.add_row(name, f"[{colours.get(state, 'dim')}]{state}[/]", *cells)
         return table
 
@@ -121,4 +127,6 @@ class Display:
         self.rows[name] = [state, self.cell if taken else "", taken]
         if not self.console.is_terminal:
             position = list(self.rows).index(name) + 1
-            self.console.print(f"[{position}/{len(self.rows)}] {name}: {state} {taken}".rstrip(), markup=False)
+            self.console.print(
+                f"[{position}/{len(self.rows)}] {name}: {state} {taken}".rstrip(), markup=False
+            )

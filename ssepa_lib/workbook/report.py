@@ -48,7 +48,9 @@ def _rows(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
             rows.append([run, split, *("–" if value is None else f"{value:.1f}" for value in values)])
             s = result["setting"]
             size = f"{s['size']}²" if s["size"] else "original size"
-            settings.append(f"{s['data']} {split}: {s['images']} images, {size}, {s['steps']} steps of {s['batch']}")
+            settings.append(
+                f"{s['data']} {split}: {s['images']} images, {size}, {s['steps']} steps of {s['batch']}"
+            )
     return ["run", "split", *HEADLINE.values()], rows, list(dict.fromkeys(settings))
 
 
@@ -59,7 +61,10 @@ def headline(folder: Path) -> str:
         return "No trained run has been evaluated yet."
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     sides = ["<", "<"] + [">"] * len(HEADLINE)
-    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in [columns, *rows]]
+    lines = [
+        "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True))
+        for row in [columns, *rows]
+    ]
     return "\n".join(["mIoU, %  (" + "; ".join(settings) + ")", *lines])
 
 

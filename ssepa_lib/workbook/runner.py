@@ -20,7 +20,12 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root
 from ssepa_lib.workbook.progress import PROGRESS, Display, clock
 
-PLACES = ("VOC_ROOT", "COCO_ROOT", "FOLDER_ROOT", "SSEPA_WEIGHTS")  # made absolute: kernels run in another folder
+PLACES = (
+    "VOC_ROOT",
+    "COCO_ROOT",
+    "FOLDER_ROOT",
+    "SSEPA_WEIGHTS",
+)  # made absolute: kernels run in another folder
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def read_parameters(path: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str,
             defaults[target.id] = ast.literal_eval(statement.value)
         except (AttributeError, ValueError) as error:
             line = statement.lineno
-            raise UserError(f"{path.name}: line {line} of its parameters cell is not `name = literal`.") from error
+            raise UserError(
+                f"{path.name}: line {line} of its parameters cell is not `name = literal`."
+            ) from error
     return defaults
 
 
@@ -72,13 +79,17 @@ def discover(folder: Path = NOTEBOOKS) -> list[Notebook]:
         ready = next((n for n in waiting if done.issuperset(n.needs)), None)
         if ready is None:
             stuck = ", ".join(n.name for n in waiting)
-            raise UserError(f"notebooks {stuck} need a missing one or each other; correct their 'needs' metadata.")
+            raise UserError(
+                f"notebooks {stuck} need a missing one or each other; correct their 'needs' metadata."
+            )
         waiting.remove(ready)
         ordered.append(ready)
     return ordered
 
 
-def select(notebooks: Sequence[Notebook], only: Sequence[str] = (), start: str | None = None) -> list[Notebook]:
+def select(
+    notebooks: Sequence[Notebook], only: Sequence[str] = (), start: str | None = None
+) -> list[Notebook]:
     """Notebooks named in `only` (number or name; empty: all), from `start` on."""
 
     def position(key: str) -> int:
@@ -106,7 +117,9 @@ def coerce(name: str, value: Any, default: Any) -> Any:
         value = list(value) if isinstance(value, (list, tuple)) else [value]
         return [coerce(f"an item of {name}", item, default[0]) if default else item for item in value]
     if type(value) is not kind:
-        raise UserError(f"parameter {name} is {value!r}, but it must be of type {kind.__name__} (default {default!r}).")
+        raise UserError(
+            f"parameter {name} is {value!r}, but it must be of type {kind.__name__} (default {default!r})."
+        )
     return value
 
 
@@ -115,9 +128,15 @@ def check_parameters(notebooks: Sequence[Notebook], given: Mapping[str, Any]) ->
     known = sorted({name for notebook in notebooks for name in notebook.parameters})
     for name in given:
         if name not in known:
-            raise UserError(f"no selected notebook has a parameter '{name}'; choose among {', '.join(known)}.")
+            raise UserError(
+                f"no selected notebook has a parameter '{name}'; choose among {', '.join(known)}."
+            )
     return {
-        n.name: {name: coerce(name, value, n.parameters[name]) for name, value in given.items() if name in n.parameters}
+        n.name: {
+            name: coerce(name, value, n.parameters[name])
+            for name, value in given.items()
+            if name in n.parameters
+        }
         for n in notebooks
     }
 
@@ -166,9 +185,15 @@ def _execute(notebook: Notebook, target: Path, values: Mapping[str, Any], engine
 
     try:
         papermill.execute_notebook(
-            notebook.path, target, dict(values), engine_name=engine, kernel_name="ssepa-workbook",
-            language="python", progress_bar=False, cwd=notebook.path.parent,
-        )  # fmt: skip
+            notebook.path,
+            target,
+            dict(values),
+            engine_name=engine,
+            kernel_name="ssepa-workbook",
+            language="python",
+            progress_bar=False,
+            cwd=notebook.path.parent,
+        )
     except PapermillExecutionError as error:
         message = " ".join(str(error.evalue).split())
         return f"{notebook.name}, cell In [{error.exec_count}]: {error.ename}: {message}"
@@ -177,11 +202,15 @@ def _execute(notebook: Notebook, target: Path, values: Mapping[str, Any], engine
     return None
 
 
-def _run_all(chosen: Sequence[Notebook], values: Mapping[str, dict], folder: Path, scratch: Path) -> dict[str, str]:
+def _run_all(
+    chosen: Sequence[Notebook], values: Mapping[str, dict], folder: Path, scratch: Path
+) -> dict[str, str]:
     """Execute in order; returns the failures and the notebooks skipped because of them, name → reason."""
     from ipykernel.kernelspec import write_kernel_spec
 
-    write_kernel_spec(scratch / "kernels" / "ssepa-workbook")  # this very interpreter, whatever else is installed
+    write_kernel_spec(
+        scratch / "kernels" / "ssepa-workbook"
+    )  # this very interpreter, whatever else is installed
     logging.getLogger("papermill").setLevel(logging.ERROR)
     display = Display([n.name for n in chosen], scratch / "progress.json")
     failures: dict[str, str] = {}
@@ -235,9 +264,13 @@ def run_workbook(
         raise UserError(f"preset '{preset}' is unknown; choose one of {', '.join(presets)}.")
     chosen = select(discover(notebooks), only, start)
     if not chosen:
-        raise UserError(f"none of --only {' '.join(only)} comes at or after --from {start}; drop one of the two.")
+        raise UserError(
+            f"none of --only {' '.join(only)} comes at or after --from {start}; drop one of the two."
+        )
     values = check_parameters(chosen, {**(parameters or {}), "preset": preset})
-    build_dataset(load_recipe(f"{preset}/toco").data, "val")  # missing data is told now, not by the first notebook
+    build_dataset(
+        load_recipe(f"{preset}/toco").data, "val"
+    )  # missing data is told now, not by the first notebook
     root = (Path(results) if results else results_root()).resolve()
     folder = root / preset / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +280,9 @@ def run_workbook(
         failures = _run_all(chosen, values, folder, Path(scratch))
     index = write_report(root / preset)
     print(f"\n{headline(root / preset)}\n")
-    print(f"{len(chosen) - len(failures)} of {len(chosen)} notebooks ran in {clock(time.time() - began)} min.")
+    print(
+        f"{len(chosen) - len(failures)} of {len(chosen)} notebooks ran in {clock(time.time() - began)} min."
+    )
     for reason in failures.values():
         print(f"  {reason}")
     print(f"Report: {index}\nExecuted notebooks: {folder}\nFigures: {root / preset / 'figures'}")

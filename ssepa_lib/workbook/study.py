@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.model.affinity import HAAF, PatchAffinity
-from ssepa_lib.evaluation.analysis import affinity_map_bytes, attention_statistics, peak_memory, saved_activation_bytes
-from ssepa_lib.model.backbone import BackboneOutput
-from ssepa_lib.labels.cam import multi_scale_cam
 from ssepa_lib.data.datasets import SegmentationDataset, build_dataset
+from ssepa_lib.data.views import eval_batches, train_loader
 from ssepa_lib.device import autocast, describe_device, resolve_device
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.analysis import (
+    affinity_map_bytes,
+    attention_statistics,
+    peak_memory,
+    saved_activation_bytes,
+)
 from ssepa_lib.evaluation.evaluate import (
     PRODUCTS,
     ThresholdConfusion,
@@ -33,13 +36,15 @@ from ssepa_lib.evaluation.evaluate import (
     strongest,
     write_metrics,
 )
-from ssepa_lib.model.network import Network, evaluating
+from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.labels.par import PixelAdaptiveRefinement
 from ssepa_lib.methods.objectives import HaafSupervision, Step
+from ssepa_lib.model.affinity import HAAF, PatchAffinity
+from ssepa_lib.model.backbone import BackboneOutput
+from ssepa_lib.model.network import Network, evaluating
 from ssepa_lib.paths import results_root
 from ssepa_lib.recipe import Recipe, load_recipe
-from ssepa_lib.labels.par import PixelAdaptiveRefinement
 from ssepa_lib.training.trainer import OnStep, is_finished, learning_rate_factor, load_run, train
-from ssepa_lib.data.views import eval_batches, train_loader
 
 
 def environment(device: torch.device | str) -> str:
@@ -61,8 +66,15 @@ def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> P
     return results_root() / preset / "-".join(filter(None, (method, run_name, f"seed{seed}")))
 
 
-def recipe_for(preset: str, method: str, *, steps: int = 0, seed: int = 0, device: str = "auto",
-               changes: Mapping[str, Any] | None = None) -> Recipe:  # fmt: skip
+def recipe_for(
+    preset: str,
+    method: str,
+    *,
+    steps: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    changes: Mapping[str, Any] | None = None,
+) -> Recipe:
     """Recipe `<preset>/<method>` with a seed, a device and, unless 0, another number of steps."""
     overrides: dict[str, Any] = {"train.seed": seed, "train.device": device, **(changes or {})}
     return load_recipe(f"{preset}/{method}", overrides | ({"train.steps": steps} if steps else {}))
@@ -82,13 +94,17 @@ def open_run(
     folder = run_folder(preset, method, seed, run_name)
     wanted = {"methods": method, "seed": seed, "run_name": run_name, "steps": steps}
     options = "".join(f" -p {name}={value}" for name, value in wanted.items() if value or name == "seed")
-    command = f"run notebook 03_training first (python -m ssepa_lib workbook --preset {preset} --only 03{options})"
+    command = (
+        f"run notebook 03_training first (python -m ssepa_lib workbook --preset {preset} --only 03{options})"
+    )
     if not (folder / "weights.safetensors").is_file():
         raise UserError(f"there is no finished run in {folder}; {command}.")
     network, recipe = load_run(folder, device)
     if steps and steps != recipe.train.steps:
         found = recipe.train.steps
-        raise UserError(f"{folder} holds a run of {found} steps, not {steps}; set steps={found} or another run_name.")
+        raise UserError(
+            f"{folder} holds a run of {found} steps, not {steps}; set steps={found} or another run_name."
+        )
     return network, recipe
 
 
@@ -101,7 +117,9 @@ def split_of(recipe: Recipe, split: str = "val", images: int = 0) -> Segmentatio
     if split == "train":
         return build_dataset(replace(recipe.data, train_images=images or recipe.data.train_images), "train")
     name = recipe.data.val_split if split == "val" else split
-    return build_dataset(replace(recipe.data, val_split=name, val_images=images or recipe.data.val_images), "val")
+    return build_dataset(
+        replace(recipe.data, val_split=name, val_images=images or recipe.data.val_images), "val"
+    )
 
 
 def measured_split(recipe: Recipe, split: str = "val", images: int = 0) -> SegmentationDataset:
@@ -111,7 +129,9 @@ def measured_split(recipe: Recipe, split: str = "val", images: int = 0) -> Segme
     return split_of(recipe, split, images)
 
 
-def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: str = "auto", **options: Any) -> dict:
+def evaluate_run(
+    folder: Path, split: str = "val", *, images: int = 0, device: str = "auto", **options: Any
+) -> dict:
     """Evaluate a finished run on a split once; later calls with the same setting read its `metrics.json`.
 
     What the file already holds of the same setting is kept: asking for more computes only what is missing. Another
@@ -136,8 +156,15 @@ def evaluate_run(folder: Path, split: str = "val", *, images: int = 0, device: s
     missing = [way for way in inference if not there.issuperset(product_names(products, (way,)))]
     if known and not missing:
         return known
-    result = evaluate(network, recipe, dataset, device=resolve_device(device), products=products, inference=missing,
-                      **options)  # fmt: skip
+    result = evaluate(
+        network,
+        recipe,
+        dataset,
+        device=resolve_device(device),
+        products=products,
+        inference=missing,
+        **options,
+    )
     if known:
         for part in ("miou", "per_class", "threshold_curve"):
             result[part] = known[part] | result[part]
@@ -152,9 +179,18 @@ def _place(recipe: Recipe, folder: Path) -> Path:
     return next((f for f in (folder, *beside) if is_finished(recipe, f)), folder)
 
 
-def run_study(preset: str, methods: Sequence[str], seeds: Sequence[int], *, splits: Mapping[str, dict], steps: int = 0,
-              device: str = "auto", run_name: str = "", arms: Mapping[str, Mapping[str, Any]] | None = None,
-              progress: Callable[[str], OnStep] | None = None) -> pd.DataFrame:  # fmt: skip
+def run_study(
+    preset: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    splits: Mapping[str, dict],
+    steps: int = 0,
+    device: str = "auto",
+    run_name: str = "",
+    arms: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Callable[[str], OnStep] | None = None,
+) -> pd.DataFrame:
     """Train and evaluate every method and arm with every seed; what is there is read, what was cut short goes on.
 
     The same recipe is never trained twice, whatever names it goes by: a finished run of its hash is taken.
@@ -177,7 +213,13 @@ def run_study(preset: str, methods: Sequence[str], seeds: Sequence[int], *, spli
             result = evaluate_run(folder, split, device=device, **options)
             setting = result["setting"] | {"method": method}
             plain = {name: value for name, value in setting.items() if name != "products"}
-            row = {"run": folder.name, "preset": preset, "variant": arm or run_name, **plain, **result["miou"]}
+            row = {
+                "run": folder.name,
+                "preset": preset,
+                "variant": arm or run_name,
+                **plain,
+                **result["miou"],
+            }
             row["mean_average_precision"] = result["mean_average_precision"]
             rows.append(row | {"settings": setting})
     return pd.DataFrame(rows)
@@ -241,7 +283,9 @@ def refined_mious(
                     with other_affinity(network, recipe, **variant) as (changed, other):
                         output.affinity = changed.patch_affinity(tokens.queries, tokens.keys, tokens.prefix)
                         refined = other.affinity.kind != "none"
-                        maps = multi_scale_cam(changed, images, labels, cam, affinity=refined, first=output).best
+                        maps = multi_scale_cam(
+                            changed, images, labels, cam, affinity=refined, first=output
+                        ).best
                     for scores, label, mask in zip(maps, labels, masks, strict=True):
                         mask = mask.to(device)
                         curves[name].update(*strongest(scores, label.nonzero().flatten(), mask.shape), mask)
@@ -265,9 +309,13 @@ def single_layers(network: Network, recipe: Recipe, dataset: SegmentationDataset
 
 
 def train_haaf(
-    network: Network, recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], *, steps: int,
+    network: Network,
+    recipe: Recipe,
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    steps: int,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, HAAF]:  # fmt: skip
+) -> dict[str, HAAF]:
     """HAAF alone on a trained network that stays as it is, once per variant; all variants see the same batches.
 
     Args:
@@ -278,7 +326,9 @@ def train_haaf(
         Name → trained HAAF.
     """
     device, depth = network.classifier.weight.device, network.backbone.depth
-    recipe = replace(recipe, train=replace(recipe.train, steps=steps), losses=replace(recipe.losses, switch=0.0))
+    recipe = replace(
+        recipe, train=replace(recipe.train, steps=steps), losses=replace(recipe.losses, switch=0.0)
+    )
     par = PixelAdaptiveRefinement(recipe.cam.par_dilations, recipe.cam.par_iterations).to(device)
     torch.manual_seed(recipe.train.seed)
     found, updates = {}, {}
@@ -291,7 +341,9 @@ def train_haaf(
     with evaluating(network):
         for index, batch in enumerate(train_loader(build_dataset(recipe.data, "train"), recipe)):
             with other_affinity(network, recipe) as (plain, uniform):
-                shared = Step(plain, uniform, batch.to(device), index, par, torch.Generator().manual_seed(index))
+                shared = Step(
+                    plain, uniform, batch.to(device), index, par, torch.Generator().manual_seed(index)
+                )
                 with torch.no_grad(), autocast(recipe.train.precision, device):
                     tokens = shared.out.affinity
             for name, changes in variants.items():
@@ -310,9 +362,14 @@ def train_haaf(
 
 
 def compare_supervisions(
-    network: Network, recipe: Recipe, variants: Mapping[str, Mapping[str, Any]],
-    datasets: Sequence[SegmentationDataset], *, steps: int, progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    network: Network,
+    recipe: Recipe,
+    variants: Mapping[str, Mapping[str, Any]],
+    datasets: Sequence[SegmentationDataset],
+    *,
+    steps: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
     """What each way to train HAAF is worth on a trained network, beside every single layer and their uniform mean.
 
     Args:
@@ -326,8 +383,14 @@ def compare_supervisions(
     """
     depth = network.backbone.depth
     found = train_haaf(network, recipe, variants, steps=steps, progress=progress)
-    learned = {f"HAAF, {name}": {"kind": "haaf", "weights": found[name], **variants[name]} for name in variants}
-    rows = {"no affinity": {"kind": "none"}, "uniform mean": {"weights": torch.ones(depth)}, **layers_alone(depth)}
+    learned = {
+        f"HAAF, {name}": {"kind": "haaf", "weights": found[name], **variants[name]} for name in variants
+    }
+    rows = {
+        "no affinity": {"kind": "none"},
+        "uniform mean": {"weights": torch.ones(depth)},
+        **layers_alone(depth),
+    }
     rows |= learned
     scores = {d.split: refined_mious(network, recipe, d, rows) for d in datasets}
     shown = samples(datasets[0], range(min(32, len(datasets[0]))), recipe.data.crop)[0]
@@ -338,10 +401,14 @@ def compare_supervisions(
             weights[name] = output.affinity.weights.mean(0).tolist()
     weights["no affinity"] = [float("nan")] * depth
     columns = [f"layer {k}" for k in range(depth)]
-    return pd.DataFrame([
-        {"affinity": name} | {split: mious[name] for split, mious in scores.items()}
-        | dict(zip(columns, weights[name], strict=True)) for name in rows
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {"affinity": name}
+            | {split: mious[name] for split, mious in scores.items()}
+            | dict(zip(columns, weights[name], strict=True))
+            for name in rows
+        ]
+    )
 
 
 def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.DataFrame:
@@ -350,7 +417,9 @@ def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset)
     return attention_statistics(network, (batch[1] for batch in batches), network.classifier.weight.device)
 
 
-def samples(dataset: SegmentationDataset, indices: Sequence[int], side: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def samples(
+    dataset: SegmentationDataset, indices: Sequence[int], side: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Some images to look at: pictures [n, 3, side, side] in 0..255, labels [n, C], masks uint8 [side, side]."""
     items = [dataset[i] for i in indices]
     pictures = [F.interpolate(item.image[None].float(), (side, side), mode="bilinear") for item in items]
@@ -369,7 +438,9 @@ def affinity_memory(tokens: BackboneOutput, cam: Tensor, strategy: str) -> dict[
     maps = affinity_map_bytes(len(cam), cam.shape[1] + tokens.prefix, len(tokens.queries), heads, strategy)
 
     def apply(gradient: bool) -> Tensor:
-        queries, keys = ([t.detach().requires_grad_(gradient) for t in side] for side in (tokens.queries, tokens.keys))
+        queries, keys = (
+            [t.detach().requires_grad_(gradient) for t in side] for side in (tokens.queries, tokens.keys)
+        )
         return PatchAffinity(queries, keys, tokens.prefix, strategy=strategy) @ cam
 
     peak, kept = peak_memory(lambda: apply(False), device), saved_activation_bytes(lambda: apply(True))

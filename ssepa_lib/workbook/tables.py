@@ -18,7 +18,9 @@ METHODS = {
     "ssepa_fsr": "SS-EPA + FSR",
 }
 OURS = "this workbook"
-SEGMENTATION, PSEUDO_LABEL = (product_names([name], tuple(INFERENCE)) for name in ("segmentation", "pseudo_label"))
+SEGMENTATION, PSEUDO_LABEL = (
+    product_names([name], tuple(INFERENCE)) for name in ("segmentation", "pseudo_label")
+)
 STRATEGIES = {
     "none": "SS-EPA (w/o Patch Affinity)",
     "all_heads": "SS-EPA (with Patch Affinity)",
@@ -40,7 +42,10 @@ def collect_runs(folder: Path | str) -> pd.DataFrame:
     rows = []
     for path in sorted(Path(folder).rglob("metrics.json")):
         run, results = path.parent.name, read_metrics(path.parent).values()
-        most = {result["setting"]["split"]: result for result in sorted(results, key=lambda r: r["setting"]["images"])}
+        most = {
+            result["setting"]["split"]: result
+            for result in sorted(results, key=lambda r: r["setting"]["images"])
+        }
         for result in most.values():
             setting = result["setting"]
             plain = {name: value for name, value in setting.items() if name != "products"}
@@ -89,7 +94,9 @@ def paired_differences(runs: pd.DataFrame, by: str, base: str, metrics: Sequence
     """
     runs = _by_seed(runs, [by]).set_index("seed")
     if base not in set(runs[by]):
-        raise UserError(f"no run has {by} '{base}'; choose one of {', '.join(sorted(map(str, set(runs[by]))))}.")
+        raise UserError(
+            f"no run has {by} '{base}'; choose one of {', '.join(sorted(map(str, set(runs[by]))))}."
+        )
     reference = runs.loc[runs[by] == base, list(metrics)].astype(float)
     rows = []
     for name in runs[by].unique():
@@ -124,8 +131,11 @@ def to_markdown(table: pd.DataFrame, digits: int = 1) -> str:
         right = bool(cells) and all(c[:1].isdigit() or c[:1] in "–-+−" for c in cells)
         width = max(len(text) for text in [cell(name), *cells, "---"])
         rule = "-" * (width - 1) + (":" if right else "-")
-        columns.append([f"{text:{'>' if right else '<'}{width}}" for text in [cell(name)]] + [rule]
-                       + [f"{text:{'>' if right else '<'}{width}}" for text in cells])  # fmt: skip
+        columns.append(
+            [f"{text:{'>' if right else '<'}{width}}" for text in [cell(name)]]
+            + [rule]
+            + [f"{text:{'>' if right else '<'}{width}}" for text in cells]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
 
 
@@ -246,9 +256,13 @@ def _ours(runs: pd.DataFrame | None, columns: dict[str, tuple[str, Sequence[str]
                 name: _cell(group, split, products[way if len(products) > 1 else 0])
                 for name, (split, products) in columns.items()
             }
-            if not any(cells[name] for name, (_, products) in columns.items() if way == 0 or len(products) > 1):
+            if not any(
+                cells[name] for name, (_, products) in columns.items() if way == 0 or len(products) > 1
+            ):
                 continue
-            row = dict(zip(key, values, strict=True)) | {name: cell[0] if cell else "–" for name, cell in cells.items()}
+            row = dict(zip(key, values, strict=True)) | {
+                name: cell[0] if cell else "–" for name, cell in cells.items()
+            }
             setting = _setting({name: cell for name, cell in cells.items() if cell})
             rows.append(row | {"source": f"{OURS} ({row['preset']})", "setting": setting})
     return pd.DataFrame(rows)
@@ -258,7 +272,9 @@ def _setting(cells: dict[str, tuple[str, dict, str, int]]) -> str:
     """What the cells of a row have in common, said once: `scale 1; 224²; val 500 images; 1000 steps of 8; 3 seeds`."""
     ways = {name: inference for name, (_, _, inference, _) in cells.items()}
     alike = len(set(ways.values())) == 1
-    parts = [next(iter(ways.values()))] if alike else [f"{name} {inference}" for name, inference in ways.items()]
+    parts = (
+        [next(iter(ways.values()))] if alike else [f"{name} {inference}" for name, inference in ways.items()]
+    )
     for _, s, _, _ in cells.values():
         parts += [f"{s['size']}²" if s["size"] else "original size", f"{s['split']} {s['images']} images"]
     for _, s, _, seeds in cells.values():
@@ -315,7 +331,9 @@ def table_4(measured: pd.DataFrame | None = None) -> pd.DataFrame:
     published = _published(_TABLE_4, ["method", "backbone", "batch 1", "batch 2"], 2)
     if measured is None or measured.empty:
         return published
-    wide = measured.pivot_table(index=["strategy", "backbone", "setting"], columns="batch", values="gigabytes")
+    wide = measured.pivot_table(
+        index=["strategy", "backbone", "setting"], columns="batch", values="gigabytes"
+    )
     rows = [
         {"method": STRATEGIES[strategy], "backbone": backbone, "source": OURS, "setting": setting}
         | {f"batch {b}": plus_minus(values.get(b, float("nan"))) for b in (1, 2)}
@@ -328,5 +346,7 @@ def table_4(measured: pd.DataFrame | None = None) -> pd.DataFrame:
 
 def table_5(runs: pd.DataFrame | None = None) -> pd.DataFrame:
     """Backbones (SS-EPA, Table 5)."""
-    published = _published(_TABLE_5, ["method", "backbone", "depth", "img_size", "seg (val)", "seg (test)"], 2)
+    published = _published(
+        _TABLE_5, ["method", "backbone", "depth", "img_size", "seg (val)", "seg (test)"], 2
+    )
     return _beside(published, _ours(runs, {"seg (val)": ("val", SEGMENTATION)}))
