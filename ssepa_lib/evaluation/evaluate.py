@@ -1,4 +1,4 @@
-"""Evaluate a network on a split with masks, and a finished run once: what is scored already is not scored again."""
+"""Evaluate a network on a split with masks; evaluate a finished run once, column by column."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,8 @@ from torch import Tensor
 from ssepa_lib.data import SegmentationDataset, measured_split
 from ssepa_lib.device import resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.inference import Prediction, Progress, crf_pool, infer, top_class
+from ssepa_lib.evaluation.inference import Prediction, Progress, infer
+from ssepa_lib.evaluation.multiscale import top_class
 from ssepa_lib.evaluation.results import (
     MAPS,
     OUTPUTS,
@@ -21,10 +22,9 @@ from ssepa_lib.evaluation.results import (
     column_names,
     current_columns,
     merge_results,
-    read_metrics,
+    read_results,
     result_name,
     split_column,
-    write_metrics,
 )
 from ssepa_lib.evaluation.scores import (
     BoundaryIoU,
@@ -33,10 +33,11 @@ from ssepa_lib.evaluation.scores import (
     boundary_band,
     mean_average_precision,
 )
+from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.labels.refine import Refiner
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.training.run import RunFolder, load_run
+from ssepa_lib.training.run import RunFolder
 
 THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 
@@ -54,24 +55,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a network on a split with masks.
 
-    Images are resized to `data.eval_size`² (0: native size, one by one); every map is resized to its mask's original
-    size before it is compared. CAMs are multiplied by the image-level labels, as everywhere in this field, and cut at
-    `cam.background`. The pseudo-label is the single-threshold label after pixel-adaptive refinement of the
-    affinity-refined CAM, or of the plain CAM in a recipe without affinity.
+    Images are resized to `data.eval_size`² (0: native size, one by one); every map is resized to its mask's
+    original size before it is compared. CAMs are multiplied by the image-level labels, as everywhere in
+    this field, and cut at `cam.background`. The pseudo-label is the single-threshold label after
+    pixel-adaptive refinement of the affinity-refined CAM, or of the plain CAM in a recipe without affinity.
 
     Args:
         outputs: any of `cam`, `aux_cam`, `refined_cam`, `pseudo_label`, `segmentation`.
-        test_time: any of `single` (scale 1), `ms` (several scales and flip: `cam.scales` for maps and pseudo-labels,
-            `eval.scales` for the segmentation) and `ms_crf` (dense CRF after `ms`; for pseudo-labels it takes the place
-            of the pixel-adaptive refinement; maps have none). Every mode is a column of its own: `pseudo_label`,
-            `pseudo_label_ms`, `pseudo_label_ms_crf`.
+        test_time: any of `single` (scale 1), `ms` (several scales and flip: `cam.scales` for maps and
+            pseudo-labels, `eval.scales` for the segmentation) and `ms_crf` (dense CRF after `ms`; for
+            pseudo-labels it takes the place of the pixel-adaptive refinement; maps have none). Every mode
+            is a column of its own: `pseudo_label`, `pseudo_label_ms`, `pseudo_label_ms_crf`.
         processes: worker processes of the dense CRF; None: one per CPU core.
         progress: called with (images done, all images).
 
     Returns:
-        `setting`; per column `miou`, `precision`, `recall` and `boundary_iou` (percent, None where the output does not
-        exist; see `scores`); `per_class` (IoU), `threshold_curve` (mIoU of maps at `THRESHOLDS`) and
-        `mean_average_precision` (percent, over the classes that occur); ready for JSON.
+        `setting`; per column `miou`, `precision`, `recall` and `boundary_iou` (percent, None where the
+        output does not exist; see `scores`); `per_class` (IoU), `threshold_curve` (mIoU of maps at
+        `THRESHOLDS`) and `mean_average_precision` (percent, over the classes that occur); ready for JSON.
 
     Raises:
         UserError: an unknown output or test-time mode, an empty split or a missing mask.
@@ -94,9 +95,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a finished run once; later calls with the same setting read its `metrics.json`.
 
-    Asking for more computes only the missing columns; where none is missing, the network is not even loaded. Another
-    number of images or another size than the recipe's is a result of its own beside the recipe's, stored as for
-    example `val (10 images)` or `val (native size)`.
+    Asking for more computes only the missing columns; where none is missing, the network is not even
+    loaded. Another number of images or another size than the recipe's is a result of its own beside the
+    recipe's, stored as for example `val (10 images)` or `val (native size)`.
 
     Args:
         folder: run folder.
@@ -107,23 +108,24 @@ def evaluate_run(
     Returns:
         The result of that split with every column known so far, see `evaluate`.
     """
-    recipe = RunFolder(folder).recipe()
+    run = RunFolder(folder)
+    recipe = run.recipe()
     other_size = None if size == recipe.data.eval_size else size
     if other_size is not None:
         recipe = replace(recipe, data=replace(recipe.data, eval_size=other_size))
     dataset = measured_split(recipe, split, images)
     whole = not images or len(dataset) == len(measured_split(recipe, split))
     name = result_name(dataset.split, None if whole else len(dataset), other_size)
-    known = read_metrics(folder).get(name)
+    known = read_results(folder).get(name)
     there = current_columns(known, recipe, len(dataset)) if known else set()
     missing = [column for column in column_names(outputs, test_time) if column not in there]
     if known and not missing:
         return known
-    network, _ = load_run(folder, device)
+    network, _ = run.load(device)
     result = _score(network, recipe, dataset, missing, resolve_device(device), processes, progress)
     if there:
         result = merge_results(known, result)
-    write_metrics(folder, name, result)
+    run.write_metrics(name, result)
     return result
 
 
@@ -156,8 +158,8 @@ def refined_mious(
 def _mask(prediction: Prediction, dataset: SegmentationDataset) -> Tensor:
     if prediction.mask is None:
         raise UserError(
-            f"split '{dataset.split}' of {dataset.name} has no mask for '{prediction.id}'; evaluate a split with "
-            "masks, or write predictions or a submission instead."
+            f"split '{dataset.split}' of {dataset.name} has no mask for '{prediction.id}'; "
+            "evaluate a split with masks, or write predictions or a submission instead."
         )
     return prediction.mask
 
@@ -189,9 +191,7 @@ class _Counts:
         """The measures, per class IoU and threshold curves; None for columns that were not counted."""
         counted = {column: curve.at(self.background) for column, curve in self.curves.items()} | self.labels
         absent = dict.fromkeys(columns)
-        curves = {
-            column: [curve.at(t).miou for t in THRESHOLDS] for column, curve in self.curves.items()
-        }
+        curves = {column: [curve.at(t).miou for t in THRESHOLDS] for column, curve in self.curves.items()}
         return {
             "miou": absent | {column: c.miou for column, c in counted.items()},
             "precision": absent | {column: c.precision for column, c in counted.items()},

@@ -1,4 +1,4 @@
-"""Label maps that leave the project: predictions for your own images, and pseudo-labels to train something else.
+"""Label maps that leave the project: predictions for your own images, and pseudo-labels to train on.
 
 Masks are palette PNGs of class ids (0 background) at the original size of their image.
 """
@@ -108,8 +108,8 @@ def predict_folder(
 ) -> Path:
     """Segment your own images: `<name>.png` (class ids), `<name>_overlay.jpg` (to look at) and two tables.
 
-    `classes.csv` is the legend (id, class and colour); `predictions.csv` lists the classes found in each image, as
-    `image,classes` with `;` between classes, the layout that training on your own images reads.
+    `classes.csv` is the legend (id, class and colour); `predictions.csv` lists the classes found in each
+    image, as `image,classes` with `;` between classes, the layout that training on your own images reads.
 
     Args:
         test_time: `single` (scale 1), `ms` (`eval.scales` and flip) or `ms_crf` (dense CRF after `ms`).
@@ -159,11 +159,12 @@ def export_pseudo_labels(
 ) -> Path:
     """Write `<id>.png` pseudo-labels (0 background, 1..C) of a labelled dataset, for training something else.
 
-    They come from the affinity-refined CAM where the recipe has one, with the background threshold `cam.background`.
+    They come from the affinity-refined CAM where the recipe has one, with the background threshold
+    `cam.background`.
 
     Args:
-        test_time: `single` (scale 1, no flip), `ms` (`cam.scales`, `cam.flip`), both with pixel-adaptive refinement, or
-            `ms_crf` (as `ms`, with the dense CRF instead).
+        test_time: `single` (scale 1, no flip), `ms` (`cam.scales`, `cam.flip`), both with pixel-adaptive
+            refinement, or `ms_crf` (as `ms`, with the dense CRF instead).
         processes, progress: see `evaluate`.
 
     Raises:

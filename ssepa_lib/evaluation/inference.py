@@ -1,4 +1,4 @@
-"""One walk over the images of a dataset: what a network says about each of them, computed when it is asked for.
+"""One walk over the images of a dataset: what a network says about each, computed when it is asked for.
 
 Evaluation, predictions, pseudo-labels, the submission and the studies all consume `infer`.
 """
@@ -6,8 +6,8 @@ Evaluation, predictions, pseudo-labels, the submission and the studies all consu
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import reduce, wraps
+from dataclasses import dataclass
+from functools import wraps
 
 import numpy as np
 import torch
@@ -17,20 +17,21 @@ from torch import Tensor
 
 from ssepa_lib.data import SegmentationDataset, eval_batches
 from ssepa_lib.device import autocast
+from ssepa_lib.evaluation.multiscale import background_and_cam, cam_view, merge_scales, scale_logits
 from ssepa_lib.evaluation.results import OUTPUTS, TEST_TIME, require_known
 from ssepa_lib.labels.cam import multi_scale_cam
-from ssepa_lib.labels.crf import crf_labels, crf_pool
+from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler
 from ssepa_lib.labels.refine import Refiner, build_refiner
 from ssepa_lib.model.network import Network, NetworkOutput, evaluating
-from ssepa_lib.recipe import CamConfig, Recipe
+from ssepa_lib.recipe import Recipe
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Class activation maps of one image, 0..1: only those of the P classes present, [P, h, w], as in `Cams`."""
+    """Class activation maps of one image, 0..1, of the P classes present only: [P, h, w]."""
 
     present: Tensor  # [P] indices of the classes, counted from 0
     main: Tensor
@@ -83,14 +84,14 @@ class Prediction:
         return merge_scales(self.logits(mode), self.size)[0]
 
     def labels(self, output: str, mode: str = "single") -> Tensor:
-        """Class ids [H, W] at original size: `segmentation`, or `pseudo_label` after pixel-adaptive refinement."""
+        """Class ids [H, W] at original size of the `segmentation`, or the `pseudo_label` after PAR."""
         if output == "segmentation":
             return self.segmentation(mode).max(0).indices
         pseudo = self._batch.pseudo_labels(_base(mode))[self._place]
         return F.interpolate(pseudo[None, None].float(), size=self.size, mode="nearest")[0, 0].long()
 
     def crf_job(self, output: str) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """What the dense CRF starts from: image [H, W, 3], probabilities [X, H, W] and the class ids [X] they have."""
+        """What the dense CRF starts from: image [H, W, 3], probabilities [X, H, W] and their class ids [X]."""
         if output == "segmentation":
             probabilities = self.segmentation("ms").softmax(0)
             channels = torch.arange(len(probabilities), device=self.label.device)
@@ -114,14 +115,14 @@ def infer(
 ) -> Iterator[Prediction]:
     """Walk over a dataset in order; images are resized to `data.eval_size`² (0: native size, one by one).
 
-    Nothing is computed before it is asked for, and nothing twice. A prediction keeps its whole batch alive, so do not
-    collect them.
+    Nothing is computed before it is asked for, and nothing twice. A prediction keeps its whole batch alive,
+    so do not collect them.
 
     Args:
         outputs, test_time: what may be asked for; see `evaluate`.
         refiners: name → refiner of the main map; None: the recipe's own as `refined_cam`, where it has one.
-        keep_images: keep every decoded image at its original size, as is done for the CRF in any case; otherwise
-            `Prediction.image` reads it again.
+        keep_images: keep every decoded image at its original size, as is done for the CRF in any case;
+            otherwise `Prediction.image` reads it again.
         progress: called with (images done, all images).
 
     Raises:
@@ -138,23 +139,26 @@ def infer(
         refiners = {}
     segment = "segmentation" in outputs and "single" in test_time
     walk = _Walk(network, recipe, dataset, device, refiners, segment)
-    source = _WithOriginals(dataset, keep_images or "ms_crf" in test_time)
-    index = 0
-    for ids, images, labels, originals in eval_batches(
-        source, recipe.data.eval_size, recipe.eval.batch, recipe.data.workers
-    ):
-        batch = _Batch(walk, images.to(device), labels.to(device))
+    return _predictions(walk, keep_images or "ms_crf" in test_time, progress)
+
+
+def _predictions(walk: "_Walk", keep: bool, progress: Progress | None) -> Iterator[Prediction]:
+    recipe, index = walk.recipe, 0
+    source = _WithOriginals(walk.dataset, keep)
+    batches = eval_batches(source, recipe.data.eval_size, recipe.eval.batch, recipe.data.workers)
+    for ids, images, labels, originals in batches:
+        batch = _Batch(walk, images.to(walk.device), labels.to(walk.device))
         for place, (id, original) in enumerate(zip(ids, originals, strict=True)):
             yield Prediction(batch, place, index, id, original)
             index += 1
             if progress:
-                progress(index, len(dataset))
+                progress(index, len(source))
 
 
 def label_maps(
     predictions: Iterable[Prediction], output: str, mode: str, processes: int | None = None
 ) -> Iterator[tuple[str, Image.Image, np.ndarray]]:
-    """Final class ids of `segmentation` or `pseudo_label`: id, image and ids uint8 [H, W] at original size, in order.
+    """Final `segmentation` or `pseudo_label`, in order: id, image, class ids uint8 [H, W] at original size.
 
     Args:
         processes: worker processes of the dense CRF; None: one per CPU core.
@@ -174,7 +178,7 @@ def label_maps(
 
 
 class _WithOriginals(SegmentationDataset):
-    """A dataset whose "masks" are pairs of mask and decoded image, so that a file is read once (None: not kept)."""
+    """A dataset whose "masks" are pairs of mask and decoded image, or None, so that a file is read once."""
 
     def __init__(self, dataset: SegmentationDataset, keep: bool):
         super().__init__(dataset.split, dataset.classes, dataset.ids)
@@ -283,90 +287,8 @@ class _Batch:
         for full, maps in zip(cam, self.maps(mode), strict=True):
             full[maps.present] = maps.for_labels
         labeler = PseudoLabeler(cam_view(self.walk.recipe.cam, mode)).to(self.walk.device)
-        return labeler.evaluation(self.images.float(), cam, self.labels)
+        return labeler.labels(self.images.float(), cam, self.labels)
 
 
 def _base(mode: str) -> str:
     return "single" if mode == "single" else "ms"
-
-
-def cam_view(config: CamConfig, mode: str) -> CamConfig:
-    """How maps are made in a test-time mode: `single` at scale 1 without flip, otherwise as the recipe says."""
-    return replace(config, scales=[1.0], flip=False) if mode == "single" else config
-
-
-def top_class(maps: Tensor, present: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Largest value and its class id (1..C), both [H, W], of maps [P, h, w] of the classes present, at `size`."""
-    if not len(present):
-        return maps.new_zeros(tuple(size)), present.new_ones(tuple(size))
-    value, index = F.interpolate(maps[None], size=tuple(size), mode="bilinear")[0].max(0)
-    return value, present[index] + 1
-
-
-def scale_logits(network: Network, image: Tensor, scales: Sequence[float], flip: bool) -> list[Tensor]:
-    """Per scale the logits [B, C+1, h, w] of the image, plus those of its flipped copy (flipped back) with `flip`."""
-    maps = []
-    for scale in scales:
-        sides = zip(image.shape[-2:], network.backbone.patch_size, strict=True)
-        size = [round(side * scale / patch) * patch for side, patch in sides]
-        view = F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False)
-        logits = network(torch.cat([view, view.flip(-1)]) if flip else view).segmentation.float()
-        if flip:  # resizing is linear and symmetric, so adding first gives the same as adding at label size
-            direct, flipped = logits.chunk(2)
-            logits = direct + flipped.flip(-1)
-        maps.append(logits)
-    return maps
-
-
-def merge_scales(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """Maximum over maps [B, C, h, w] of any size after resizing each to `size` (height, width)."""
-    return reduce(torch.maximum, (F.interpolate(m, size=tuple(size), mode="bilinear") for m in maps))
-
-
-@torch.no_grad()
-def segmentation_logits(
-    network: Network,
-    image: Tensor,
-    scales: Sequence[float],
-    flip: bool,
-    size: Sequence[int] | None = None,
-) -> Tensor:
-    """Multi-scale inference (ToCo, official evaluation): per scale the sum over flips, then the maximum over scales.
-
-    Args:
-        image: [B, 3, H, W], 0..255.
-        scales: factors on the image size; each view is resized to the nearest multiple of the patch side.
-        flip: add the flipped image.
-        size: (height, width) of the result; None: the image's.
-
-    Returns:
-        logits [B, C+1, *size], channel 0 background.
-    """
-    return merge_scales(scale_logits(network, image, scales, flip), size or image.shape[-2:])
-
-
-def background_and_cam(
-    maps: Tensor, present: Tensor, background: float, size: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """A constant background score and the maps of the classes present, divided by their sum: a dense CRF's input.
-
-    Args:
-        maps: [P, h, w] in 0..1, of the classes `present` [P].
-        size: (height, width) of the result.
-
-    Returns:
-        probabilities [P+1, *size] of background and the P classes, and their class ids [P+1].
-    """
-    scores = maps.new_full((1, *size), background)
-    if len(present):
-        resized = F.interpolate(maps[None], size=tuple(size), mode="bilinear")[0]
-        scores = torch.cat([scores, resized])  # [P+1, H, W]
-    return scores / scores.sum(0, keepdim=True), torch.cat([present.new_zeros(1), present + 1])
-
-
-def crf_pseudo_label(image: Tensor, cam: Tensor, label: Tensor, background: float) -> Tensor:
-    """Labels [H, W] (0..C) by a dense CRF from maps [C, h, w]; image [3, H, W] in 0..255, label [C]."""
-    present = label.nonzero().flatten()
-    probabilities, channels = background_and_cam(cam[present], present, background, image.shape[-2:])
-    pixels = image.permute(1, 2, 0).round().clamp(0, 255).byte().contiguous().cpu().numpy()
-    return channels.cpu()[torch.from_numpy(crf_labels(pixels, probabilities.cpu().numpy())).long()]

@@ -1,23 +1,22 @@
-"""Results: their columns, the setting that belongs to every number, what is still valid, and how they are stored.
+"""Results: their columns, the setting that belongs to every number, what is still valid, what is stored.
 
-A column is an output under a test-time mode, such as `segmentation_ms`. A number means nothing without its `setting`:
-the dataset, split, number of images and size, the training, and per column the scales, flip and CRF.
+A column is an output under a test-time mode, such as `segmentation_ms`. A number means nothing without its
+`setting`: the dataset, split, number of images and size, the training, and per column the scales, flip and
+CRF.
 """
 
-import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssepa_lib.data.datasets import SegmentationDataset
+from ssepa_lib.data import SegmentationDataset
 from ssepa_lib.device import describe_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.run import RunFolder
 
-FORMAT = 2  # of a stored result; 1: `products` and `supervision` in the setting, mIoU alone
 MAPS = ("cam", "aux_cam", "refined_cam")
 OUTPUTS = (*MAPS, "pseudo_label", "segmentation")
 TEST_TIME = {"single": "", "ms": "_ms", "ms_crf": "_ms_crf"}  # mode → what it adds to an output's name
@@ -66,7 +65,6 @@ def build_setting(
     parts = recipe.name.split("/")
     composed = len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml"))
     return {
-        "format": FORMAT,
         "data": dataset.name,
         "split": dataset.split,
         "images": len(dataset),
@@ -98,8 +96,8 @@ def _view(column: str, recipe: Recipe) -> dict[str, Any]:
 def current_columns(result: dict, recipe: Recipe, images: int) -> set[str]:
     """Columns of a stored result that an evaluation of the recipe would give again.
 
-    The training, number of images, size and background threshold must be the recipe's, for a column also its scales,
-    flip and CRF.
+    The training, number of images, size and background threshold must be the recipe's, for a column also
+    its scales, flip and CRF.
     """
     setting = result["setting"]
     now = {
@@ -110,7 +108,8 @@ def current_columns(result: dict, recipe: Recipe, images: int) -> set[str]:
     }
     if any(setting.get(name) != value for name, value in now.items()):
         return set()
-    return {column for column in result["miou"] if setting["outputs"].get(column) in (None, _view(column, recipe))}
+    views = setting["outputs"]  # without those outputs that the recipe does not have, whose mIoU is None
+    return {column for column in result["miou"] if views.get(column) in (None, _view(column, recipe))}
 
 
 def merge_results(known: dict, new: dict) -> dict:
@@ -149,18 +148,23 @@ def describe_view(view: dict) -> str:
 
 def describe_setting(setting: dict, column: str) -> str:
     """One line to stand beside a number: `voc val, 1449 images, 448², scale 1, 2000 steps of 4, seed 0`."""
-    return (
-        f"{setting['data']} {setting['split']}, {setting['images']} images, {describe_size(setting['size'])}, "
-        f"{describe_view(setting['outputs'][column])}, {setting['steps']} steps of {setting['batch']}, "
-        f"seed {setting['seed']}"
-    )
+    parts = [
+        f"{setting['data']} {setting['split']}",
+        f"{setting['images']} images",
+        describe_size(setting["size"]),
+        describe_view(setting["outputs"][column]),
+        f"{setting['steps']} steps of {setting['batch']}",
+        f"seed {setting['seed']}",
+    ]
+    return ", ".join(parts)
 
 
 def describe_settings(settings: Sequence[dict], columns: Sequence[str]) -> list[str]:
     """`describe_setting` once per kind of view, with the columns it belongs to.
 
     Args:
-        settings: of results that differ in seed or method alone; a column is looked up in the first that has it.
+        settings: of results that differ in seed or method alone; a column is looked up in the first that
+            has it.
     """
     lines: dict[str, tuple[str, list[str]]] = {}
     for column in columns:
@@ -172,19 +176,18 @@ def describe_settings(settings: Sequence[dict], columns: Sequence[str]) -> list[
 
 
 def convert_result(result: dict) -> dict:
-    """A stored result in today's format.
+    """A stored result in today's layout.
 
-    In format 1 the setting said `products` and `supervision`, and mIoU was the only measure: the others are None.
+    In format 1 the setting said `products` and `supervision`, and mIoU was the only measure: the others are
+        None.
 
     Raises:
-        ValueError: it was written by a newer version, or something is missing.
+        ValueError: something is missing.
     """
     setting = dict(result["setting"])
-    if setting.get("format", 1) > FORMAT:
-        raise ValueError(f"it has format {setting['format']}, written by a newer version")
-    if "format" not in setting:
+    if "products" in setting:
         renamed = {"products": "outputs", "supervision": "haaf_objective"}
-        setting = {"format": FORMAT} | {renamed.get(name, name): value for name, value in setting.items()}
+        setting = {renamed.get(name, name): value for name, value in setting.items()}
         unknown = dict.fromkeys(result.get("miou", {}))
         result = {"precision": unknown, "recall": unknown, "boundary_iou": unknown} | result
     result = result | {"setting": setting}
@@ -194,35 +197,19 @@ def convert_result(result: dict) -> dict:
     return result
 
 
-def read_metrics(run_dir: Path | str) -> dict[str, dict]:
-    """A run's `metrics.json` in today's format, split → result of `evaluate`; empty where there is none.
+def read_results(run_dir: Path | str) -> dict[str, dict]:
+    """A run's `metrics.json` in today's layout, name → result of `evaluate`; empty where there is none.
 
     Raises:
-        UserError: the file is not JSON, has another layout, or was written by a newer version.
+        UserError: see `RunFolder.read_metrics`, or an entry is missing.
     """
-    path = Path(run_dir) / "metrics.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {split: convert_result(result) for split, result in content.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a metrics file of this version ({error}); update the library if the file is newer, "
-            "otherwise delete it and evaluate the run again."
-        ) from error
-
-
-def write_metrics(run_dir: Path | str, split: str, result: dict) -> Path:
-    """Merge the result of one split into a run's `metrics.json`; other splits stay, a crash leaves the old file.
-
-    Raises:
-        UserError: see `read_metrics`.
-    """
-    path = Path(run_dir) / "metrics.json"
-    content = read_metrics(run_dir) | {split: result}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+    run = RunFolder(run_dir)
+    results = {}
+    for name, result in run.read_metrics().items():
+        try:
+            results[name] = convert_result(result)
+        except ValueError as error:
+            raise UserError(
+                f"{run.metrics}: {error} in the result '{name}'; delete the file and evaluate the run again."
+            ) from error
+    return results

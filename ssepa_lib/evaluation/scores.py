@@ -1,8 +1,8 @@
 """Scores of label maps and thresholded maps, each counted over a whole split.
 
-The rule for mIoU everywhere in this project: one confusion matrix over all pixels of the split, pixels marked 255 left
-out, intersection over union per class in percent, averaged over the background and those classes that occur in the
-ground truth or in the prediction. It is never a mean over images.
+The rule for mIoU everywhere in this project: one confusion matrix over all pixels of the split, pixels
+marked 255 left out, intersection over union per class in percent, averaged over the background and those
+classes that occur in the ground truth or in the prediction. It is never a mean over images.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class Confusion:
 
     @property
     def iou(self) -> Tensor:
-        """Intersection over union [C+1] in percent; NaN for a class in neither ground truth nor prediction."""
+        """Intersection over union [C+1], percent; NaN for a class in neither ground truth nor prediction."""
         matrix = self.matrix.double().cpu()
         hit = matrix.diagonal()
         return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
@@ -56,9 +56,9 @@ class Confusion:
     def precision(self) -> float | None:
         """Share of the pixels predicted as a class that belong to it: mean over foreground classes, percent.
 
-        The classes are those of mIoU without the background: they occur in the ground truth or in the prediction. A
-        class that is never predicted counts as 0, so that a network cannot gain by leaving classes out. None where
-        no foreground class occurs.
+        The classes are those of mIoU without the background: they occur in the ground truth or in the
+        prediction. A class that is never predicted counts as 0, so that a network cannot gain by leaving
+        classes out. None where no foreground class occurs.
         """
         return self._mean_share(self.matrix.sum(0))
 
@@ -80,8 +80,8 @@ class Confusion:
 class ThresholdConfusion:
     """Confusion matrices of one thresholded map at many thresholds, from a single pass.
 
-    The top class of a pixel does not depend on the threshold, so a histogram over (ground truth, top class, threshold
-    interval) holds every matrix.
+    The top class of a pixel does not depend on the threshold, so a histogram over (ground truth, top class,
+    threshold interval) holds every matrix.
     """
 
     def __init__(
@@ -112,33 +112,35 @@ class ThresholdConfusion:
 def boundary_band(labels: Tensor) -> Tensor:
     """Pixels of each class that lie within d pixels of its boundary, bool [H, W] for a label map [H, W].
 
-    d is 2 % of the image diagonal, at least 1 pixel; distances are those of d erosions with a 3×3 square. The edge of
-    the image is a boundary too. A pixel is in the band exactly where an erosion of its class removes it (Cheng et al.,
-    "Boundary IoU", CVPR 2021, and their implementation). One band serves all classes at once, because a pixel survives
-    d erosions if and only if the (2d + 1)² window around it holds a single class.
+    d is 2 % of the image diagonal, at least 1 pixel; distances are those of d erosions with a 3×3 square.
+    The edge of the image is a boundary too. A pixel is in the band exactly where an erosion of its class
+    removes it (Cheng et al., "Boundary IoU", CVPR 2021, and their implementation). One band serves all
+    classes at once, because a pixel survives d erosions if and only if the (2d + 1)² window around it holds
+    a single class.
     """
     height, width = labels.shape
     d = max(1, round(BOUNDARY * hypot(height, width)))
     padded = F.pad(labels.short(), (1, 1, 1, 1), value=-1)  # outside is a class of its own
     edge = _pooled(padded, torch.maximum) != _pooled(padded, torch.minimum)  # what the first erosion removes
-    # the other d − 1 erosions widen the band: sums over windows from an integral image cost the same at any width
+    # the other d − 1 erosions widen the band; with an integral image they cost the same at any width
     sums = F.pad(edge.int(), (d, d - 1, d, d - 1)).cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
     rows = sums[2 * d - 1 :] - sums[: -(2 * d - 1)]
     return rows[:, 2 * d - 1 :] - rows[:, : -(2 * d - 1)] > 0
 
 
 def _pooled(labels: Tensor, extreme: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Maximum or minimum over 3×3 windows, [H + 2, W + 2] → [H, W]; much faster than `max_pool2d` on a CPU."""
+    """Maximum or minimum of 3×3 windows, [H + 2, W + 2] → [H, W]; on a CPU far faster than `max_pool2d`."""
     rows = extreme(extreme(labels[:-2], labels[1:-1]), labels[2:])
     return extreme(extreme(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
 class BoundaryIoU:
-    """Boundary IoU over a split: intersection over union of the boundary bands of prediction and ground truth.
+    """Boundary IoU over a split: that of the boundary bands of prediction and ground truth.
 
-    Per class, the pixels in both bands and those in either are counted over all images, as a confusion matrix counts
-    pixels. Pixels marked 255 are left out of the prediction as well: around them both have the same boundary, so that
-    a prediction which is right outside of them scores 100. Source: Cheng et al., CVPR 2021.
+    Per class, the pixels in both bands and those in either are counted over all images, as a confusion
+    matrix counts pixels. Pixels marked 255 are left out of the prediction as well: around them both have
+    the same boundary, so that a prediction which is right outside of them scores 100. Source: Cheng et al.,
+    CVPR 2021.
 
     Args:
         classes: names of the C foreground classes.
@@ -172,7 +174,7 @@ class BoundaryIoU:
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float | None:
-    """Mean average precision in percent of scores [n, C] against 0/1 labels [n, C], over the classes that occur."""
+    """Mean average precision, percent, of scores [n, C] and 0/1 labels [n, C], over classes that occur."""
     occurs = labels.sum(0) > 0
     if not occurs.any():
         return None

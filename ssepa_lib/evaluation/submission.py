@@ -87,8 +87,8 @@ def validate_submission(
         sizes: id → (width, height) of the image; None: not checked.
 
     Raises:
-        UserError: a missing or foreign file, an image that is no palette PNG with the VOC colours, of another size, or
-            with an id outside 0..20.
+        UserError: a missing or foreign file, an image that is no palette PNG with the VOC colours, of
+            another size, or with an id outside 0..20.
     """
     name = Path(archive).name
     left = set(ids)
@@ -113,7 +113,8 @@ def validate_submission(
         ) from error
     if left:
         raise UserError(
-            f"{name}: {len(left)} of {len(ids)} images are missing, first {min(left)}; predict the whole split."
+            f"{name}: {len(left)} of {len(ids)} images are missing, first {min(left)}; "
+            "predict the whole split."
         )
     return len(ids)
 
