@@ -1,4 +1,4 @@
-"""Preparation from tiny archives and a local server: what breaks is named, what was interrupted is resumed."""
+"""Preparation from tiny archives and a local server: errors are named, interrupted work is resumed."""
 
 import hashlib
 import io
@@ -50,7 +50,7 @@ def mask(number):
 
 @pytest.fixture
 def server():
-    """`server.files[path]` is bytes or a function (handler) that answers; `server.log` lists (path, Range)."""
+    """`server.files[path]` is bytes or a function of the handler; `server.log` lists (path, Range)."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

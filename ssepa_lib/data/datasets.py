@@ -190,7 +190,7 @@ class FileDataset(SegmentationDataset):
 
 def stems(folder: Path, suffix: str) -> set[str]:
     """Names, without the suffix, of a folder's files of one kind; none if the folder does not exist."""
-    return {path.stem for path in folder.glob(f"*{suffix}")}
+    return {path.stem for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")}
 
 
 def refuse_missing(missing: list[str], total: int, what: str, remedy: str) -> None:

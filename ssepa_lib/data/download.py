@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pooch
-
 from ssepa_lib.errors import UserError
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None: unknown)
@@ -42,6 +40,8 @@ def fetch(source: Source, folder: Path, progress: Progress | None = None) -> Pat
     Raises:
         UserError: no host delivered the file, or the file on the disk is another one.
     """
+    import pooch  # here, because nothing but a download needs it
+
     target = folder / source.file
     if target.is_file():
         if pooch.file_hash(target, "md5") != source.md5:
@@ -56,9 +56,8 @@ def fetch(source: Source, folder: Path, progress: Progress | None = None) -> Pat
         for _ in range(_ATTEMPTS):
             before = download.size
             try:
-                return Path(
-                    pooch.retrieve(url, f"md5:{source.md5}", source.file, folder, downloader=download)
-                )
+                pooch.retrieve(url, f"md5:{source.md5}", source.file, folder, downloader=download)
+                return target
             except ValueError:  # pooch's only word for another sum; what was downloaded is gone
                 failures.append(f"{urlsplit(url).netloc}: wrong MD5 sum")
             except (OSError, http.client.HTTPException) as error:

@@ -80,8 +80,7 @@ def eval_batches(dataset: SegmentationDataset, size: int, batch_size: int, worke
     """The dataset in order, as (ids, images uint8 [B, 3, size, size], labels [B, C], masks at original size).
 
     Args:
-        size: side to which images are resized (bilinear, not keeping the aspect); 0: original size, one by
-            one.
+        size: side to which images are resized (bilinear, not keeping the aspect); 0: original, one by one.
         batch_size: images at once, where they are resized.
         workers: loader processes; 0: none.
 

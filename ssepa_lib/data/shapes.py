@@ -54,10 +54,8 @@ def _noise(rng: np.random.Generator, height: int, width: int, rows: int, columns
     """Smooth noise, of unit variance at its grid points: a random grid, enlarged to [height, width]."""
 
     def enlarge(length: int, cells: int) -> np.ndarray:
-        position = np.linspace(0, cells, length, dtype=np.float32)[:, None] - np.arange(
-            cells + 1, dtype=np.float32
-        )
-        return np.maximum(1 - np.abs(position), 0)
+        position = np.linspace(0, cells, length, dtype=np.float32)[:, None]
+        return np.maximum(1 - np.abs(position - np.arange(cells + 1, dtype=np.float32)), 0)
 
     grid = rng.standard_normal((rows + 1, columns + 1), dtype=np.float32)
     return enlarge(height, rows) @ grid @ enlarge(width, columns).T
@@ -243,8 +241,7 @@ def render_scene(
         size: mean side, pixels; each side varies by an eighth, so scenes are rectangular.
         seed: another seed, another dataset.
         parts: whether the part mask is returned as well.
-        background: one of `BACKGROUNDS`, for the same creatures on another background; empty: the scene's
-            own.
+        background: one of `BACKGROUNDS`, for the same creatures on another one; empty: the scene's own.
 
     Returns:
         image uint8 [H, W, 3] RGB and mask uint8 [H, W], 0 background, 1.. class (`SHAPE_CLASSES` + 1); with
@@ -257,14 +254,11 @@ def render_scene(
     sides, kinds, ground = _plan(rng)
     height, width = (int(side) for side in np.rint(size * sides))
     before = copy.deepcopy(rng)
-    image = _background(
-        rng, ground, height, width
-    )  # always drawn: the creatures' random numbers come after its own
+    image = _background(rng, ground, height, width)  # always: the creatures' random numbers follow its own
     if background:
         if background not in BACKGROUNDS:
-            raise UserError(
-                f"shapes: there is no background '{background}'; choose {', '.join(BACKGROUNDS)}."
-            )
+            known = ", ".join(BACKGROUNDS)
+            raise UserError(f"shapes: there is no background '{background}'; choose {known}.")
         image = _background(before, BACKGROUNDS.index(background), height, width)
     mask, part = np.zeros((2, height, width), np.uint8)
     placed: list = []

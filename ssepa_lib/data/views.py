@@ -44,9 +44,7 @@ class Batch:
     box: Tensor  # long [B, 4]: y0, y1, x0, x1 of the part of `image` that is not padding
     label: Tensor  # float [B, C]
     global2: Tensor | None  # [B, 3, S, S]: second global view; None without class token contrast
-    local_canvas: (
-        Tensor | None
-    )  # [B, 3, S, S]: the crop, pixel for pixel, under another jitter; holds the local views
+    local_canvas: Tensor | None  # [B, 3, S, S]: the crop under another jitter, to cut local views from
     view2: Tensor | None  # [B, 3, S, S]: FSR's second view; None without self-reinforcement
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
