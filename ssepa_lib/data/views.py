@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -18,9 +17,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ssepa_lib.data.datasets import SegmentationDataset
+from ssepa_lib.randomness import generator, seeded
 from ssepa_lib.recipe import Recipe
-
-_SHUFFLE, _VIEWS = 0, 1  # random streams
 
 
 class Views(NamedTuple):
@@ -65,11 +63,6 @@ def collate(views: list[Views]) -> Batch:
     columns = dict(zip(Views._fields, zip(*views, strict=True), strict=True))
     stacked = {k: None if v[0] is None else torch.stack(v) for k, v in columns.items() if k != "id"}
     return Batch(id=list(columns["id"]), **stacked)
-
-
-def item_seed(seed: int, stream: int, position: int) -> int:
-    """A well-mixed 32-bit seed for a position of a random stream."""
-    return int(np.random.SeedSequence((seed, stream, position)).generate_state(1)[0])
 
 
 def _integer(high: int) -> int:
@@ -142,8 +135,8 @@ class TrainViews(Dataset):
         """Index of the image at a position; every epoch is another permutation of the dataset."""
         epoch, place = divmod(position, len(self.dataset))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(item_seed(self.seed, _SHUFFLE, epoch))
-            self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
+            order = torch.randperm(len(self.dataset), generator=generator("order", self.seed, epoch))
+            self._order = epoch, order
         return int(self._order[1][place])
 
     def __getitem__(self, position: int) -> Views:
@@ -151,10 +144,9 @@ class TrainViews(Dataset):
             raise IndexError(position)
         i = self.index(position)
         image, label = self.dataset.image(i), self.dataset.label(i)
-        # torchvision draws from the global generator only. Its state is put back, and only the CPU's is
-        # touched: torch.manual_seed would reseed the GPU of a training process that loads its own data.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(item_seed(self.seed, _VIEWS, position))
+        # torchvision draws from the global generator only. The GPU's is left alone, because a training
+        # process that loads its own data would otherwise reseed it.
+        with seeded("views", self.seed, position):
             return self._views(self.dataset.ids[i], image, label)
 
     def _views(self, name: str, image: Image.Image, label: Tensor) -> Views:
