@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.data import IGNORE
 from ssepa_lib.data.views import Batch
 from ssepa_lib.labels.cam import Cams, multi_scale_cam
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler, inside
