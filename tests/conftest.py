@@ -1,13 +1,16 @@
-"""Shared small things: a two-layer network on 32-pixel images, and the optional real data."""
+"""Shared small things: a four-layer network on 32-pixel images, and the optional real data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from ssepa_lib.compose import load_recipe
+from ssepa_lib.data import Batch, build_dataset, train_loader
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training import Trainer
 
 TINY = {
     "model.backbone": "vit_tiny_patch16_224",
@@ -41,6 +44,17 @@ def tiny():
 
     def make(method: str = "toco", **overrides) -> Recipe:
         return load_recipe(f"shapes/{method}", {**TINY, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def trainer_for():
+    """Factory of a trainer on the CPU and the batches that it would see: `trainer, batches = trainer_for(recipe)`."""
+
+    def make(recipe: Recipe) -> tuple[Trainer, Iterator[Batch]]:
+        dataset = build_dataset(recipe.data, "train")
+        return Trainer(recipe, dataset.classes, torch.device("cpu")), iter(train_loader(dataset, recipe))
 
     return make
 
