@@ -1,3 +1,5 @@
+"""The backbone against timm, for many transformers, sizes and weight files."""
+
 from functools import partial
 
 import pytest

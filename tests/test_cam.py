@@ -1,3 +1,5 @@
+"""Class activation maps against one image, scale and view at a time."""
+
 import pytest
 import torch
 import torch.nn.functional as F

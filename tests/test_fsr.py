@@ -350,7 +350,9 @@ def test_network_learns_from_the_masked_view(method):
 def test_recipes_differ_only_in_what_they_compose():
     fsr, both, ssepa = (load_recipe(f"voc/{method}") for method in ("fsr", "fsr+ssepa", "ssepa"))
     assert both.affinity == ssepa.affinity
-    assert both.losses == replace(fsr.losses, ptc_padding="ignore")  # without effect: its views have no padding
+    assert both.losses == replace(
+        fsr.losses, ptc_padding="ignore"
+    )  # without effect: its views have no padding
     alike = replace(both, affinity=fsr.affinity)
     assert alike.hash() == fsr.hash() != both.hash()
     assert replace(alike, name=fsr.name, title=fsr.title, losses=fsr.losses) == fsr

@@ -1,3 +1,5 @@
+"""The network: shapes, scores, decoder, learning rates, and which parameters learn."""
+
 import pytest
 import torch
 
@@ -114,7 +116,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient(tiny, trainer_for):
         for _ in range(3):
             trainer.step(next(batches))
         for name, p in (*trainer.network.named_parameters(), *trainer.objectives.named_parameters()):
-            # without a class token in the blocks the pooled affinity is a constant, so HAAF sees only its biases
+            # without a class token in the blocks the pooled affinity is a constant: HAAF sees only its biases
             blind = method == "ssepa_fsr" and name == "haaf.mlp.0.weight"
             if p.requires_grad:
                 assert p.grad is not None and p.grad.isfinite().all(), f"{method}: {name}"
