@@ -67,7 +67,7 @@ class Recipe(Section):
 
     @property
     def contrast_step(self) -> int:
-        """First step at which patch and class token contrast count (0 on VOC, 12 000 of 80 000 on COCO)."""
+        """First step at which the contrast terms count (0 in the papers but for ToCo on COCO)."""
         return round(self.losses.contrast_start * self.train.steps)
 
     @property
