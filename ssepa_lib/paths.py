@@ -31,5 +31,5 @@ def folder_root() -> str:
 
 
 def weights_root() -> Path:
-    """Folder of `<backbone>.safetensors` files, read before timm's: `SSEPA_WEIGHTS`, default `data/weights`."""
+    """Folder of `<backbone>.safetensors`, read before timm's: `SSEPA_WEIGHTS`, default `data/weights`."""
     return Path(os.environ.get("SSEPA_WEIGHTS") or PROJECT / "data" / "weights")
