@@ -74,10 +74,10 @@ def parse(name: str, arguments: Sequence[str]) -> Callable[[], int | None]:
 
 
 def _unboxed(message: str) -> str:
-    """The sentence in the box that tyro draws around an error."""
-    lines = re.sub(r"\x1b\[[\d;]*m", "", message).splitlines()
-    inside = [line.strip("│ ") for line in lines if line.startswith("│")]
-    return " ".join(line for line in inside if line.strip("─"))
+    """The sentence in the box that tyro draws around an error; without UTF-8 the box consists of spaces."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", message).splitlines()[1:]
+    inside = (line.strip("│ ") for line in lines)
+    return " ".join(line for line in inside if line.strip("─-╰╯"))
 
 
 def _overview() -> str:
