@@ -1,4 +1,5 @@
-"""The published tables of SS-EPA with this workbook's runs beside them, and what does not fit together in the paper."""
+"""The published tables of SS-EPA with this workbook's runs beside them, and what does not fit together in
+the paper."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +7,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ssepa_lib.compose import method_title
-from ssepa_lib.evaluation.results import TEST_TIME, describe_test_time, output_names
+from ssepa_lib.evaluation.results import TEST_TIME, column_names, describe_size, describe_view
 from ssepa_lib.workbook.tables import plus_minus, summary
 
 OURS = "this workbook"
-SEGMENTATION = output_names(["segmentation"], tuple(TEST_TIME))
-PSEUDO_LABEL = output_names(["pseudo_label"], tuple(TEST_TIME))
+SEGMENTATION = column_names(["segmentation"], tuple(TEST_TIME))
+PSEUDO_LABEL = column_names(["pseudo_label"], tuple(TEST_TIME))
 ABLATION = ("toco", "ssepa_no_affinity", "ssepa_affinity", "ssepa")  # the methods of Table 3, row by row
 STRATEGIES = {
     "none": "SS-EPA (w/o Patch Affinity)",
@@ -78,16 +79,17 @@ _TABLE_5 = [
     ("SS-EPA", "vit-base-patch16-224", 12, 224, 72.4, 73.3),
 ]
 NOTES = {
-    1: "The text says SS-EPA beats ToCo with and without MS and CRF; the table has SS-EPA (77.1 / 74.2) below"
-    " ToCo+MS+CRF (77.3 / 74.6). Table 3 gives 79.5 on train for what seems to be the same row with MS and CRF. RRM is"
-    " cited as [21] here and as [30], which is 1Stage, in Table 2.",
-    2: "The header of the paper's table says train and val; text and values say val and test, as written here. SS-EPA"
-    " on test is 73.2 here and 73.3 in the abstract, the text, Table 3 and Table 5.",
-    3: "ToCo's pseudo-label 77.3 is its MS+CRF row of Table 1. The last digit of the four printed test values (72.21,"
-    " 71.62, 72.73, 73.34) counts 1 to 4 and reads as a footnote mark; without it they equal the text and Table 5.",
+    1: "The text says that SS-EPA beats ToCo with and without MS and CRF; the table has SS-EPA (77.1 / 74.2)"
+    " below ToCo+MS+CRF (77.3 / 74.6). Table 3 gives 79.5 on train for what seems to be the same row with MS"
+    " and CRF. RRM is cited as [21] here and as [30], which is 1Stage, in Table 2.",
+    2: "The header of the paper's table says train and val; text and values say val and test, as written here."
+    " SS-EPA on test is 73.2 here and 73.3 in the abstract, the text, Table 3 and Table 5.",
+    3: "ToCo's pseudo-label 77.3 is its MS+CRF row of Table 1. The last digit of the four printed test values"
+    " (72.21, 71.62, 72.73, 73.34) counts from 1 to 4 and reads as a footnote mark; without it they equal the"
+    " text and Table 5.",
     4: "GB of a whole training step, device not stated; row 2 keeps every head, row 3 the head means.",
-    5: "Img_size is the checkpoint's pre-training size, not the crop (448). The text says SS-EPA is better with every"
-    " backbone on val and test; with vit-small its test value (50.2) is below ToCo's (52.7).",
+    5: "Img_size is the size of the checkpoint's pre-training, not the crop (448). The text says that SS-EPA is"
+    " better with every backbone on val and test; with vit-small its test value (50.2) is below ToCo's (52.7).",
 }  # what does not fit together in the paper, by table
 
 
@@ -110,7 +112,7 @@ class _Cell:
 
     text: str  # mean ± sd
     setting: dict
-    test_time: str
+    view: str  # scales, flip and CRF
     seeds: int
 
 
@@ -128,7 +130,7 @@ def _cell(runs: pd.DataFrame, split: str, output: str) -> _Cell | None:
     mean = summary(runs, ["method"], [output]).iloc[0]
     text = plus_minus(mean[output], mean[f"{output}_sd"])
     setting = runs.iloc[0]["settings"]
-    return _Cell(text, setting, describe_test_time(setting["outputs"][output]), int(mean["seeds"]))
+    return _Cell(text, setting, describe_view(setting["outputs"][output]), int(mean["seeds"]))
 
 
 def _ours(runs: pd.DataFrame | None, columns: dict[str, tuple[str, Sequence[str]]]) -> pd.DataFrame:
@@ -157,13 +159,14 @@ def _ours(runs: pd.DataFrame | None, columns: dict[str, tuple[str, Sequence[str]
 
 
 def _setting(cells: dict[str, _Cell]) -> str:
-    """What the cells of a row have in common, said once: `scale 1; 224²; val 500 images; 1000 steps of 8; 3 seeds`."""
-    ways = {name: cell.test_time for name, cell in cells.items()}
+    """What the cells of a row have in common, said once: `scale 1; 224²; val 500 images; 1000 steps of 8; 3
+    seeds`."""
+    ways = {name: cell.view for name, cell in cells.items()}
     alike = len(set(ways.values())) == 1
     parts = [*ways.values()] if alike else [f"{name} {way}" for name, way in ways.items()]
     for cell in cells.values():
         s = cell.setting
-        parts += [f"{s['size']}²" if s["size"] else "original size", f"{s['split']} {s['images']} images"]
+        parts += [describe_size(s["size"]), f"{s['split']} {s['images']} images"]
     for cell in cells.values():
         parts.append(f"{cell.setting['steps']} steps of {cell.setting['batch']}")
         parts.append(f"{cell.seeds} seed{'s' * (cell.seeds > 1)}")
@@ -189,7 +192,8 @@ def table_1(runs: pd.DataFrame | None = None) -> pd.DataFrame:
 def table_2(runs: pd.DataFrame | None = None) -> pd.DataFrame:
     """Segmentation on VOC val and test (SS-EPA, Table 2); one scale, MS and MS+CRF are rows of their own.
 
-    Only the VOC server scores the test split, so that column of ours stays empty here and in the tables below.
+    Only the VOC server scores the test split, so that column of ours stays empty here and in the tables
+    below.
     """
     published = _published(_TABLE_2, ["stages", "method", "backbone", "val", "test"], 2)
     ours = _ours(runs, {"val": ("val", SEGMENTATION)})
@@ -213,8 +217,8 @@ def table_4(measured: pd.DataFrame | None = None) -> pd.DataFrame:
     """Memory of a training step in GB at batch 1 and 2 (SS-EPA, Table 4) beside our measurement.
 
     Args:
-        measured: columns `strategy` (none, stack_heads, stack_layers, matrix_free), `batch`, `gigabytes`, `backbone`,
-            `setting` (device, crop, precision).
+        measured: columns `strategy` (none, stack_heads, stack_layers, matrix_free), `batch`, `gigabytes`,
+            `backbone`, `setting` (device, crop, precision).
     """
     published = _published(_TABLE_4, ["method", "backbone", "batch 1", "batch 2"], 2)
     if measured is None or measured.empty:

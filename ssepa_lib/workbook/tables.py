@@ -1,4 +1,5 @@
-"""Result tables: runs collected from disk, mean and standard deviation over seeds, paired differences, Markdown."""
+"""Result tables: runs collected from disk, mean and standard deviation over seeds, paired differences,
+Markdown."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.training import RunFolder
+from ssepa_lib.evaluation.results import read_metrics
 
 
 def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
@@ -30,7 +31,7 @@ def collect_runs(folder: Path | str) -> pd.DataFrame:
     rows = []
     for path in sorted(Path(folder).rglob("metrics.json")):
         run = path.parent
-        results = sorted(RunFolder(run).read_metrics().values(), key=lambda r: r["setting"]["images"])
+        results = sorted(read_metrics(run).values(), key=lambda r: r["setting"]["images"])
         most = {result["setting"]["split"]: result for result in results}
         for result in most.values():
             setting = result["setting"]
@@ -100,7 +101,8 @@ def plus_minus(mean: float, sd: float = float("nan"), digits: int = 1) -> str:
 
 
 def plus_minus_columns(table: pd.DataFrame, metrics: Sequence[str], digits: int = 1) -> pd.DataFrame:
-    """Columns `<metric>` and `<metric>_sd` (of `summary` or `paired_differences`) as one text column per metric."""
+    """Columns `<metric>` and `<metric>_sd` (of `summary` or `paired_differences`) as one text column per
+    metric."""
     pairs = {metric: zip(table[metric], table[f"{metric}_sd"], strict=True) for metric in metrics}
     texts = {metric: [plus_minus(*pair, digits) for pair in each] for metric, each in pairs.items()}
     return table.drop(columns=[name for m in metrics for name in (m, f"{m}_sd")]).assign(**texts)

@@ -136,7 +136,8 @@ def plot_cam_grid(
     classes: Sequence[str],
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Maps side by side (SS-EPA, Figure 5): one row per image; columns input, ground truth, then each kind of map.
+    """Maps side by side (SS-EPA, Figure 5): one row per image; columns input, ground truth, then each kind
+    of map.
 
     Args:
         masks: ground truth; None: no such column.
@@ -170,7 +171,8 @@ def plot_mask_grid(
     classes: Sequence[str],
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Pseudo-labels or segmentations side by side (SS-EPA, Figures 6 and 7): rows images, columns input and masks.
+    """Pseudo-labels or segmentations side by side (SS-EPA, Figures 6 and 7): rows images, columns input and
+    masks.
 
     Args:
         masks: column title → one mask [H, W] per image.

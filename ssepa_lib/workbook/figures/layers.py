@@ -123,7 +123,8 @@ def _plot_weight_table(learned: pd.DataFrame, layers: list[str], ax: Axes) -> No
 def plot_attention_strip(
     statistics: Mapping[str, pd.DataFrame], value: str = "entropy", ax: Axes | None = None
 ) -> Axes:
-    """One dot per head against depth, one colour per run; lines join the means over heads (FSR, entropy analysis).
+    """One dot per head against depth, one colour per run; lines join the means over heads (FSR, entropy
+    analysis).
 
     Args:
         statistics: run → table of `attention_statistics`.
