@@ -53,7 +53,7 @@ def _affinity_checks(setup: Setup) -> Iterator[Check]:
     for dtype, out, tolerance in (("float32", plain, 1e-4), ("bfloat16", half, 2e-2)):
         for kind in ("probabilities", "logits"):
             free, stacked = (
-                PatchAffinity(out.attention, weigh=network.haaf, attention_kind=kind, strategy=strategy) @ cam
+                PatchAffinity(out.attention, weigh=network.haaf, kind=kind, strategy=strategy) @ cam
                 for strategy in ("matrix_free", "stack_layers")
             )
             name = f"affinity of {kind} in {dtype}: matrix-free against stacked"

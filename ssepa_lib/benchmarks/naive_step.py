@@ -215,10 +215,10 @@ class NaiveTrainer(Trainer):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """All loss terms of one batch, unweighted."""
         active = [part for part in self.objectives if self.index >= part.start]
-        with seeded("drop path", self.recipe.train.seed, self.index, device=self.device):
-            with MaterialisedAttention():
-                step = self._step(batch)
-                return {name: value for part in active for name, value in part(step).items()}
+        drop_path = seeded("drop path", self.recipe.train.seed, self.index, device=self.device)
+        with drop_path, MaterialisedAttention():
+            step = self._step(batch)
+            return {name: value for part in active for name, value in part(step).items()}
 
     def _step(self, batch: Batch) -> TrainStep:
         """`methods.take_step` with maps and labels made the long way."""
