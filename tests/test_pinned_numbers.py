@@ -40,7 +40,8 @@ def one_thread():
 def test_numbers_have_not_moved(case, request):
     record = RECORD["cases"][case]
     if record["recipe"].startswith("voc"):
-        request.getfixturevalue("real_images")
+        request.getfixturevalue("voc_root")
+        request.getfixturevalue("vit_tiny_weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the old names
         recipe = load_recipe(record["recipe"], record["overrides"])
