@@ -1,24 +1,25 @@
-"""Every data set gives the same items from the same files, and names what is wrong with the files."""
+"""Every dataset gives the same items from the same files, and names what is wrong with the files."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ssepa_lib.data.datasets import (
-    COCO_CLASSES,
-    VOC_CLASSES,
-    CocoDataset,
-    FolderDataset,
-    ShapesDataset,
-    VocDataset,
+from ssepa_lib.data import (
+    DATASETS,
+    SegmentationDataset,
     build_dataset,
-    classes_in,
-    read_mask,
-    voc_palette,
+    measured_split,
+    resolve_root,
+    split_of,
 )
+from ssepa_lib.data.coco import COCO_CLASSES, CocoDataset
+from ssepa_lib.data.folder import FolderDataset
+from ssepa_lib.data.images import classes_in, read_mask, voc_palette
+from ssepa_lib.data.shapes import ShapesDataset
+from ssepa_lib.data.voc import VOC_CLASSES, VocDataset
 from ssepa_lib.errors import UserError
-from ssepa_lib.recipe import DataConfig
+from ssepa_lib.recipe import DataConfig, Recipe
 
 
 def write_image(path, width=6, height=4, **settings):
@@ -158,7 +159,7 @@ def test_truncated_image_is_refused(voc):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"a\.jpg: unreadable image"):
         VocDataset(voc, "train").image(0)
-    path.write_text("no picture")
+    path.write_text("not an image")
     with pytest.raises(UserError, match=r"a\.jpg: unreadable image"):
         VocDataset(voc, "train")[0]
 
@@ -209,7 +210,7 @@ def test_folder_class_file_sets_the_order_and_the_column_split_is_optional(folde
     assert dataset.label(1).tolist() == [0, 0, 1]
 
 
-def test_folder_turns_pictures_upright(folder):
+def test_folder_turns_images_upright(folder):
     tag = Image.Exif()
     tag[0x0112] = 6  # turned by 90°
     write_image(folder / "images" / "a.jpg", 4, 6, exif=tag)
@@ -293,10 +294,64 @@ def test_build_dataset_plays_roles_and_limits(voc, monkeypatch):
     data = DataConfig(name="voc", train_images=1, train_split="train")
     assert build_dataset(data, "train").ids == ["a"] and build_dataset(data, "val").ids == ["c"]
     assert len(build_dataset(DataConfig(train_images=3, val_images=2), "val")) == 2
-    with pytest.raises(UserError, match="data.root is empty"):
-        build_dataset(DataConfig(name="folder"), "train")
     with pytest.raises(UserError, match="role"):
         build_dataset(data, "test")
+
+
+def test_splits_of_a_recipe(voc):
+    (voc / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("a\nb\nc\n")
+    data = DataConfig(name="voc", root=str(voc), train_split="train_aug", measured_train="train")
+    recipe = Recipe(data=data)
+    assert split_of(recipe, "train").ids == ["a", "b", "c"] and measured_split(recipe, "train").ids == [
+        "a",
+        "b",
+    ]
+    assert split_of(recipe).ids == measured_split(recipe).ids == ["c"]
+    assert split_of(recipe, "train_aug", 2).ids == measured_split(recipe, "train_aug", 2).ids == ["a", "b"]
+
+
+def test_root_is_set_by_recipe_variable_or_default(monkeypatch, folder):
+    monkeypatch.delenv("FOLDER_ROOT", raising=False)
+    with pytest.raises(UserError, match="data.root is empty; set it, or FOLDER_ROOT"):
+        build_dataset(DataConfig(name="folder"), "train")
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("FOLDER_ROOT", folder.name)
+    assert resolve_root(DataConfig(name="folder")) == folder.resolve()
+    assert build_dataset(DataConfig(name="folder"), "train").ids == ["a", "c"]
+    assert resolve_root(DataConfig(name="folder", root="elsewhere")).name == "elsewhere"
+    monkeypatch.delenv("COCO_ROOT", raising=False)
+    assert resolve_root(DataConfig(name="coco")).parts[-2:] == ("data", "coco")
+    assert resolve_root(DataConfig()).is_dir()
+
+
+def test_a_class_with_a_name_can_be_chosen(monkeypatch, tmp_path):
+    known = dict(DATASETS)
+
+    class Squares(SegmentationDataset):
+        name = "squares"
+        root_variable = "SQUARES_ROOT"
+
+        def __init__(self, root, split):
+            super().__init__(split, ["square"], [f"{root.name}_{i}" for i in range(5)])
+
+        def label(self, i):
+            return torch.ones(1)
+
+    try:
+        monkeypatch.setenv("SQUARES_ROOT", str(tmp_path / "here"))
+        data = DataConfig()
+        object.__setattr__(data, "name", "squares")
+        assert build_dataset(data, "train").ids[0] == "here_0"
+        object.__setattr__(data, "val_images", 2)
+        assert len(build_dataset(data, "val")) == 2
+        object.__setattr__(data, "name", "circles")
+        with pytest.raises(
+            UserError, match="data.name is 'circles'; choose one of coco, folder, shapes, squares, voc"
+        ):
+            build_dataset(data, "train")
+    finally:
+        del DATASETS["squares"]
+    assert known == DATASETS
 
 
 def test_real_voc_sample(voc_root):

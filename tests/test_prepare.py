@@ -1,4 +1,4 @@
-"""Preparation from tiny archives and a server on this machine: what breaks is named, what is interrupted goes on."""
+"""Preparation from tiny archives and a local server: errors are named, interrupted work is resumed."""
 
 import hashlib
 import io
@@ -13,18 +13,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from ssepa_lib.data import prepare
-from ssepa_lib.data.datasets import COCO_CLASSES, CocoDataset, VocDataset
-from ssepa_lib.data.prepare import (
-    Source,
-    fetch,
-    paint,
-    prepare_coco,
-    prepare_sbd,
-    prepare_voc,
-    unpack,
-    verify,
-)
+from ssepa_lib.data import coco, download, preparable, prepare, verify, voc
+from ssepa_lib.data.coco import COCO_CLASSES, CocoDataset, paint, prepare_coco
+from ssepa_lib.data.download import Source, fetch, unpack
+from ssepa_lib.data.voc import VocDataset, prepare_sbd, prepare_voc
 from ssepa_lib.errors import UserError
 
 # pycocotools 2.0 under numpy 2
@@ -58,7 +50,7 @@ def mask(number):
 
 @pytest.fixture
 def server():
-    """`server.files[path]` is bytes, or a function (handler) that answers; `server.log` lists (path, Range)."""
+    """`server.files[path]` is bytes or a function of the handler; `server.log` lists (path, Range)."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -117,7 +109,7 @@ def test_file_put_by_hand_needs_no_host(tmp_path):
         fetch(source(CONTENT), tmp_path)
 
 
-def test_lost_connection_goes_on_where_it_stopped(server, tmp_path):
+def test_lost_connection_is_resumed(server, tmp_path):
     def broken(handler):
         server.files["/a"] = CONTENT
         handler.answer(CONTENT[:3000], length=len(CONTENT))
@@ -127,7 +119,7 @@ def test_lost_connection_goes_on_where_it_stopped(server, tmp_path):
     assert server.log == [("/a", None), ("/a", "bytes=3000-")]
 
 
-def test_download_of_an_earlier_run_goes_on_even_from_another_host(server, tmp_path):
+def test_download_of_an_earlier_run_is_resumed_even_from_another_host(server, tmp_path):
     (tmp_path / "data.tar.part").write_bytes(CONTENT[:5000])
     server.files["/b"] = CONTENT
     assert fetch(source(CONTENT, f"{server.url}/a", f"{server.url}/b"), tmp_path).read_bytes() == CONTENT
@@ -174,12 +166,26 @@ def test_every_failure_is_named_and_the_place_for_the_file(server, tmp_path):
     assert "\n" not in text and not (tmp_path / "data.tar").exists()
 
 
-def test_web_page_does_not_spoil_a_part(server, tmp_path):
+@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/x-tar"])
+def test_web_page_does_not_spoil_a_part(server, tmp_path, kind):
     (tmp_path / "data.tar.part").write_bytes(CONTENT[:5000])
-    server.files["/page"] = lambda handler: handler.answer(b"<html>", kind="text/html; charset=utf-8")
-    with pytest.raises(UserError):
+    server.files["/page"] = lambda handler: handler.answer(b"<html>", kind=kind)
+    with pytest.raises(UserError, match="web page"):
         fetch(source(CONTENT, f"{server.url}/page"), tmp_path)
     assert (tmp_path / "data.tar.part").read_bytes() == CONTENT[:5000]
+
+
+def test_silent_host_is_left(server, tmp_path, monkeypatch):
+    released = threading.Event()
+    server.files["/silent"] = lambda handler: released.wait(5)
+    server.files["/a"] = CONTENT
+    monkeypatch.setattr(download, "_TIMEOUT", 0.2)
+    try:
+        path = fetch(source(CONTENT, f"{server.url}/silent", f"{server.url}/a"), tmp_path)
+    finally:
+        released.set()
+    assert path.read_bytes() == CONTENT and [name for name, _ in server.log] == ["/silent", "/a"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "inner/../../evil.txt"])
@@ -212,11 +218,11 @@ def test_damaged_archives_leave_nothing(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """VOC with 2 training images and 1 for validation, SBD with 5 more lines, COCO with 2 + 1 images."""
-    monkeypatch.setattr(prepare, "VOC_COUNTS", {"JPEGImages": 5, "Annotations": 5, "SegmentationClass": 3})
-    monkeypatch.setattr(prepare, "VOC_SPLITS", {"train": 2, "val": 1})
-    monkeypatch.setattr(prepare, "TRAIN_AUG", 4)
-    monkeypatch.setattr(prepare, "COCO_IMAGES", {"train": 2, "val": 1})
-    monkeypatch.setattr(prepare, "COCO_ANNOTATED", {"train": 1, "val": 1})
+    monkeypatch.setattr(voc, "COUNTS", {"JPEGImages": 5, "Annotations": 5, "SegmentationClass": 3})
+    monkeypatch.setattr(voc, "SPLITS", {"train": 2, "val": 1})
+    monkeypatch.setattr(voc, "TRAIN_AUG", 4)
+    monkeypatch.setattr(coco, "IMAGES", {"train": 2, "val": 1})
+    monkeypatch.setattr(coco, "ANNOTATED", {"train": 1, "val": 1})
 
 
 def voc_files(images="abcde"):
@@ -246,12 +252,12 @@ def test_voc_from_archive_to_dataset_and_again(tmp_path, small):
     root = tmp_path / "VOCdevkit" / "VOC2012"
     root.parent.mkdir()
     archive = tar(root.parent / "data.tar", voc_files())
-    outcome = prepare_voc(root, source(archive.read_bytes()))
+    outcome = prepare_voc(root, source=source(archive.read_bytes()))
     assert outcome.changed and not verify("voc", root).problems
     assert VocDataset(root, "train")[0].label.sum() == 1
     assert sorted(p.name for p in root.parent.iterdir()) == ["VOC2012", "data.tar"]
     archive.unlink()
-    outcome = prepare_voc(root, source(b""))
+    outcome = prepare_voc(root, source=source(b""))
     assert not outcome.changed and "nothing to do" in outcome.message
 
 
@@ -260,7 +266,7 @@ def test_voc_half_there_is_not_touched(tmp_path, small):
     tar(tmp_path / "half.tar", voc_files("ab"))
     unpack(tmp_path / "half.tar", "VOCdevkit/VOC2012", root)
     with pytest.raises(UserError, match="incomplete .JPEGImages: 2 of 5 found.; move it away"):
-        prepare_voc(root, source(b""))
+        prepare_voc(root, source=source(b""))
     result = verify("voc", root)
     assert result.counts["JPEGImages"] == (2, 5) and result.counts["val.txt"] == (1, 1)
     assert result.problems == ["JPEGImages: 2 of 5 found; run `python -m ssepa_lib data voc`."]
@@ -272,9 +278,9 @@ def test_sbd_makes_the_augmented_split(tmp_path, small, mode):
     archive = sbd_archive(tmp_path / "benchmark.tgz", mode)
     sbd = source(archive.read_bytes(), file="benchmark.tgz")
     with pytest.raises(UserError, match="data voc` first"):
-        prepare_sbd(root, sbd)
+        prepare_sbd(root, source=sbd)
     unpack(tar(tmp_path / "voc.tar", voc_files()), "VOCdevkit/VOC2012", root)
-    assert prepare_sbd(root, sbd).changed
+    assert prepare_sbd(root, source=sbd).changed
     assert (root / "ImageSets/Segmentation/train_aug.txt").read_text().split() == [
         "a",
         "b",
@@ -286,19 +292,19 @@ def test_sbd_makes_the_augmented_split(tmp_path, small, mode):
     assert written.mode == "P" and written.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
     dataset = VocDataset(root, "train_aug")
     assert [int(dataset.mask(i).max()) for i in range(4)] == [10, 10, 4, 5]
-    assert not prepare_sbd(root, replace(sbd, md5="")).changed
+    assert not prepare_sbd(root, source=replace(sbd, md5="")).changed
 
 
 def test_sbd_refuses_other_archives(tmp_path, small):
     root = tmp_path / "VOC2012"
     unpack(tar(tmp_path / "voc.tar", voc_files()), "VOCdevkit/VOC2012", root)
     for files, message in (
-        ({"x/cls/d.mat": b"no matlab"}, r"d\.mat is no SBD mask"),
+        ({"x/cls/d.mat": b"no matlab"}, r"d\.mat is not an SBD mask"),
         ({"x/y.txt": b""}, "no train.txt and val.txt"),
     ):
         archive = tar(tmp_path / "data.tar", files)
         with pytest.raises(UserError, match=message):
-            prepare_sbd(root, source(archive.read_bytes()))
+            prepare_sbd(root, source=source(archive.read_bytes()))
         archive.unlink()
     assert not list(root.glob("SegmentationClassAug*"))
 
@@ -382,7 +388,15 @@ def test_coco_of_another_year_is_refused(tmp_path):
         prepare_coco(tmp_path)
 
 
-def test_verify_knows_three_names(tmp_path):
+def test_three_names_can_be_prepared_and_verified(tmp_path, small, monkeypatch):
+    assert sorted(preparable()) == ["coco", "sbd", "voc"] and preparable().index("voc") < preparable().index(
+        "sbd"
+    )
     assert len(verify("voc", tmp_path).problems) == 5 and len(verify("sbd", tmp_path).problems) == 2
-    with pytest.raises(UserError, match="choose voc, sbd or coco"):
-        verify("imagenet", tmp_path)
+    monkeypatch.setenv("VOC_ROOT", str(tmp_path / "VOC2012"))
+    assert verify("sbd").root == (tmp_path / "VOC2012").resolve()
+    unpack(tar(tmp_path / "voc.tar", voc_files()), "VOCdevkit/VOC2012", tmp_path / "VOC2012")
+    assert not prepare("voc").changed and not prepare("voc", tmp_path / "VOC2012").changed
+    for work in (prepare, verify):
+        with pytest.raises(UserError, match="no dataset 'imagenet' .* choose coco, voc, sbd"):
+            work("imagenet", tmp_path)

@@ -1,12 +1,21 @@
 """The built-in scenes: reproducible, disjoint, well formed, and hard in the way they are meant to be."""
 
+import hashlib
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from ssepa_lib.data.shapes import BACKGROUNDS, HOME, SHAPE_CLASSES, _head, render_object, render_scene
+from ssepa_lib.data.shapes import (
+    BACKGROUNDS,
+    HOME,
+    SHAPE_CLASSES,
+    _head,
+    render_object,
+    render_scene,
+    scene_facts,
+)
 from ssepa_lib.errors import UserError
 
 
@@ -42,7 +51,7 @@ def test_all_classes_occur_and_scenes_show_one_to_three():
 
 
 def test_bodies_stand_out_from_the_background():
-    """Creatures are saturated, backgrounds are not: a network can tell them apart without knowing the class."""
+    """Creatures are saturated and backgrounds are not, so the two differ whatever the class is."""
 
     def saturation(pixels):
         high, low = pixels.max(-1).astype(float), pixels.min(-1).astype(float)
@@ -53,7 +62,7 @@ def test_bodies_stand_out_from_the_background():
 
 
 def test_bodies_say_nothing_about_the_class():
-    """The nearest class mean of body colours guesses no better than chance, and heads of any two classes differ."""
+    """Guessing by the mean body colour is no better than chance, and the heads of any two classes differ."""
     drawn = [render_object(index, 64) for index in range(400)]
     colours = np.array([np.median(image[24:40, 24:40].reshape(-1, 3), 0) for image, _ in drawn])
     labels = np.array([label for _, label in drawn])
@@ -76,6 +85,54 @@ def test_classes_prefer_their_home_background():
     share = {home: alone[home, True] / (alone[home, True] + alone[home, False]) for home in (True, False)}
     expected = HOME + (1 - HOME) / len(BACKGROUNDS)
     assert abs(share[True] - expected) < 0.2 and share[False] < 0.25
+
+
+def test_scenes_stay_what_they_are():
+    """Stored results and weights were made from these very pixels."""
+    digest = hashlib.md5()
+    for split in ("train", "val", "test"):
+        for index in range(5):
+            image, mask = render_scene(split, index, size=96, seed=index % 2)
+            digest.update(image.tobytes() + mask.tobytes())
+    digest.update(render_object(3)[0].tobytes())
+    assert digest.hexdigest() == "33f66f344f6e25bd18e664d24fcca616"
+
+
+def test_parts_divide_every_creature_into_head_and_body():
+    areas = []
+    for index in range(30):
+        image, mask, parts = render_scene("val", index, parts=True)
+        same_image, same_mask = render_scene("val", index)
+        assert np.array_equal(image, same_image) and np.array_equal(mask, same_mask)
+        assert parts.dtype == np.uint8 and parts.shape == mask.shape and set(np.unique(parts)) <= {0, 1, 2}
+        assert np.array_equal(parts > 0, mask > 0)
+        areas.append([(parts == 1).sum(), (parts == 2).sum()])
+    heads, bodies = np.sum(areas, 0)
+    assert 0.1 < heads / (heads + bodies) < 0.4
+
+
+def test_facts_name_what_is_drawn():
+    share = Counter()
+    for index in range(200):
+        facts = scene_facts("train", index)
+        _, mask = render_scene("train", index, size=32)
+        shown = {SHAPE_CLASSES[i - 1] for i in np.unique(mask) if i}
+        assert shown <= set(facts.classes) and 1 <= len(facts.classes) <= 3
+        share[BACKGROUNDS.index(facts.background) == SHAPE_CLASSES.index(facts.classes[0])] += 1
+    assert abs(share[True] / 200 - HOME - (1 - HOME) / len(BACKGROUNDS)) < 0.1
+    assert scene_facts("train", 0, seed=1) != scene_facts("train", 0)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_another_background_shows_the_same_creatures(background):
+    for index in range(4):
+        image, mask = render_scene("val", index)
+        other, other_mask = render_scene("val", index, background=background)
+        assert np.array_equal(mask, other_mask) and np.array_equal(image[mask > 0], other[mask > 0])
+        own = scene_facts("val", index).background == background
+        assert np.array_equal(image, other) == own
+    with pytest.raises(UserError, match="no background 'moon'; choose meadow"):
+        render_scene("val", 0, background="moon")
 
 
 def test_single_creatures_are_centred_and_are_no_scenes():

@@ -1,14 +1,25 @@
-"""Built-in teaching data: VOC-shaped pictures of invented creatures, drawn on the fly from (seed, split, index).
+"""Built-in teaching data: VOC-shaped images of invented creatures, drawn on the fly from (seed, split,
+index).
 
-A creature is a small head, whose pattern is the only thing that tells its class, on a larger body whose colours and
-texture come from families that all classes share. A classifier trained on image-level labels therefore needs the head
-alone, and its CAM shows the head alone: the failure that patch affinity repairs. Each class has a home background on
-which it appears more often than elsewhere, so that context can mislead as it does in photographs.
+A creature is a small head, whose pattern is the only thing that tells its class, on a larger body whose
+colours and texture come from families that all classes share. A classifier trained on image-level labels
+therefore needs the head alone, and its CAM shows the head alone: the failure that patch affinity repairs.
+Each class has a home background on which it appears more often than elsewhere, so that context can mislead as
+it does in photographs.
 """
 
-import numpy as np
+import copy
+from typing import NamedTuple
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssepa_lib.data.datasets import SegmentationDataset
+from ssepa_lib.data.images import classes_in
 from ssepa_lib.errors import UserError
+from ssepa_lib.paths import PACKAGE
 
 SHAPE_CLASSES = ("ringlet", "crosslet", "dotlet", "barlet", "checklet", "raylet")
 BACKGROUNDS = ("meadow", "sea", "sand", "stone", "brick", "dusk")
@@ -40,13 +51,11 @@ def _rng(seed: int, stream: str, index: int) -> np.random.Generator:
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, rows: int, columns: int) -> np.ndarray:
-    """Smooth noise of unit variance at its grid points: a random grid, bilinearly enlarged to [height, width]."""
+    """Smooth noise, of unit variance at its grid points: a random grid, enlarged to [height, width]."""
 
     def enlarge(length: int, cells: int) -> np.ndarray:
-        position = np.linspace(0, cells, length, dtype=np.float32)[:, None] - np.arange(
-            cells + 1, dtype=np.float32
-        )
-        return np.maximum(1 - np.abs(position), 0)
+        position = np.linspace(0, cells, length, dtype=np.float32)[:, None]
+        return np.maximum(1 - np.abs(position - np.arange(cells + 1, dtype=np.float32)), 0)
 
     grid = rng.standard_normal((rows + 1, columns + 1), dtype=np.float32)
     return enlarge(height, rows) @ grid @ enlarge(width, columns).T
@@ -85,7 +94,7 @@ def _background(rng: np.random.Generator, kind: int, height: int, width: int) ->
 
 
 def _outline(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Body silhouette in its own coordinates (±1 at the ends of the axes): ellipse, rounded box, blob or bean."""
+    """Body silhouette in its own coordinates (±1 at the ends of the axes): ellipse, box, blob or bean."""
     kind = rng.integers(4)
     if kind == 0:
         return u**2 + v**2 < 1
@@ -117,7 +126,7 @@ def _texture(rng: np.random.Generator, kind: int, x: np.ndarray, y: np.ndarray, 
 
 
 def _head(kind: int, u: np.ndarray, v: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Head of a class: its pattern in its own two colours, on the body's colour; RGB [..., 3]; u, v in head radii."""
+    """Head of a class: a pattern in its own two colours on the body's; u, v in head radii; RGB [..., 3]."""
     radius, angle = np.sqrt(u**2 + v**2), np.arctan2(v, u)
     rim = radius > 0.85
     match SHAPE_CLASSES[kind]:
@@ -141,11 +150,12 @@ def _creature(
     rng: np.random.Generator,
     image: np.ndarray,
     mask: np.ndarray,
+    parts: np.ndarray,
     kind: int,
     centre: np.ndarray,
     radius: float,
 ) -> None:
-    """Draw one creature of class index `kind` into image and mask; `radius` is half its length, pixels."""
+    """Draw a creature of class index `kind` into image, mask and parts; `radius` is half its length."""
     height, width = mask.shape
     angle = rng.uniform(0, 2 * np.pi)
     half = np.float32([0.82, rng.uniform(0.48, 0.66)]) * radius  # body half axes
@@ -154,19 +164,14 @@ def _creature(
     bottom, right = np.minimum(np.ceil(centre + 1.3 * radius).astype(int), (height, width))
     y = np.arange(top, bottom, dtype=np.float32)[:, None] - np.float32(centre[0])
     x = np.arange(left, right, dtype=np.float32) - np.float32(centre[1])
-    along, across = (
-        x * np.cos(angle) + y * np.sin(angle),
-        y * np.cos(angle) - x * np.sin(angle),
-    )  # body's axes
-    along, across = along.astype(np.float32) + 0.18 * radius, across.astype(np.float32)
+    along = (x * np.cos(angle) + y * np.sin(angle)).astype(np.float32) + 0.18 * radius  # the body's axes
+    across = (y * np.cos(angle) - x * np.sin(angle)).astype(np.float32)
     body = _outline(rng, along / half[0], across / half[1])
     hue = (rng.integers(HUES) + rng.uniform(-0.18, 0.18)) / HUES
     colour = _hsv(hue, rng.uniform(0.7, 0.9), rng.uniform(0.8, 1.0))
-    share = _texture(rng, rng.integers(len(TEXTURES)), along, across, rng.uniform(0.35, 0.5) * radius)[
-        ..., None
-    ]
+    share = _texture(rng, rng.integers(len(TEXTURES)), along, across, rng.uniform(0.35, 0.5) * radius)
     shading = 1 - 0.12 * np.clip(across / half[1], -1, 1)[..., None]
-    drawn = colour * (1 - 0.5 * share) * shading
+    drawn = colour * (1 - 0.5 * share[..., None]) * shading
     tilt = rng.uniform(-0.4, 0.4)
     u, v = (along - 0.9 * half[0]) / head, (across - tilt * half[1]) / head
     inside = u**2 + v**2 < 1
@@ -174,6 +179,7 @@ def _creature(
     shown = body | inside
     image[top:bottom, left:right][shown] = drawn[shown]
     mask[top:bottom, left:right][shown] = kind + 1
+    parts[top:bottom, left:right][shown] = np.where(inside, 1, 2)[shown]
 
 
 def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -193,36 +199,76 @@ def _place(rng: np.random.Generator, height: int, width: int, radius: float, oth
     return centres[gap.min(0).argmax()]
 
 
-def render_scene(split: str, index: int, size: int = 128, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+class SceneFacts(NamedTuple):
+    """What a scene was made of."""
+
+    classes: tuple[str, ...]  # of every creature, in the order in which they are drawn
+    background: str  # one of BACKGROUNDS; the home of class i is background i
+
+
+def _plan(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
+    """The first draws of a scene: relative height and width [2], class index of each creature, background."""
+    sides = rng.uniform(0.875, 1.125, 2)
+    kinds = rng.integers(len(SHAPE_CLASSES), size=rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))
+    home = rng.uniform() < HOME
+    return sides, kinds, int(kinds[0] if home else rng.integers(len(BACKGROUNDS)))
+
+
+def _scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    if split not in ("train", "val", "test"):
+        raise UserError(f"shapes: there is no split '{split}'; choose train, val or test.")
+    return _rng(seed, split, index)
+
+
+def scene_facts(split: str, index: int, seed: int = 0) -> SceneFacts:
+    """Classes and background of a scene, without drawing it; see `render_scene`.
+
+    Raises:
+        UserError: an unknown split.
+    """
+    _, kinds, ground = _plan(_scene_rng(seed, split, index))
+    return SceneFacts(tuple(SHAPE_CLASSES[kind] for kind in kinds), BACKGROUNDS[ground])
+
+
+def render_scene(
+    split: str, index: int, size: int = 128, seed: int = 0, *, parts: bool = False, background: str = ""
+) -> tuple[np.ndarray, ...]:
     """One scene with one to three creatures.
 
     Args:
         split: train, val or test: disjoint random streams.
         index: 0 or more; every index is another scene.
         size: mean side, pixels; each side varies by an eighth, so scenes are rectangular.
-        seed: another seed, another data set.
+        seed: another seed, another dataset.
+        parts: whether the part mask is returned as well.
+        background: one of `BACKGROUNDS`, for the same creatures on another one; empty: the scene's own.
 
     Returns:
-        image uint8 [H, W, 3] RGB and mask uint8 [H, W], 0 background, 1.. class (`SHAPE_CLASSES` + 1).
+        image uint8 [H, W, 3] RGB and mask uint8 [H, W], 0 background, 1.. class (`SHAPE_CLASSES` + 1); with
+        `parts` also uint8 [H, W], 0 background, 1 head, 2 body.
 
     Raises:
-        UserError: an unknown split.
+        UserError: an unknown split or background.
     """
-    if split not in ("train", "val", "test"):
-        raise UserError(f"shapes: there is no split '{split}'; choose train, val or test.")
-    rng = _rng(seed, split, index)
-    height, width = (int(side) for side in np.rint(size * rng.uniform(0.875, 1.125, 2)))
-    kinds = rng.integers(len(SHAPE_CLASSES), size=rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))
-    home = rng.uniform() < HOME
-    image = _background(rng, kinds[0] if home else rng.integers(len(BACKGROUNDS)), height, width)
-    mask = np.zeros((height, width), np.uint8)
+    rng = _scene_rng(seed, split, index)
+    sides, kinds, ground = _plan(rng)
+    height, width = (int(side) for side in np.rint(size * sides))
+    before = copy.deepcopy(rng)
+    image = _background(rng, ground, height, width)  # always: the creatures' random numbers follow its own
+    if background:
+        if background not in BACKGROUNDS:
+            known = ", ".join(BACKGROUNDS)
+            raise UserError(f"shapes: there is no background '{background}'; choose {known}.")
+        image = _background(before, BACKGROUNDS.index(background), height, width)
+    mask, part = np.zeros((2, height, width), np.uint8)
     placed: list = []
     for kind in kinds:
         radius = size * rng.uniform(0.3, 0.42) / len(kinds) ** 0.25
         centre = _place(rng, height, width, radius, placed)
-        _creature(rng, image, mask, int(kind), centre, radius)
+        _creature(rng, image, mask, part, int(kind), centre, radius)
         placed.append((centre, radius))
-    return _finish(rng, image), mask
+    image = _finish(rng, image)
+    return (image, mask, part) if parts else (image, mask)
 
 
 def render_object(index: int, size: int = 96, seed: int = 0) -> tuple[np.ndarray, int]:
@@ -231,7 +277,7 @@ def render_object(index: int, size: int = 96, seed: int = 0) -> tuple[np.ndarray
     Args:
         index: 0 or more.
         size: side, pixels.
-        seed: another seed, other pictures.
+        seed: another seed, other images.
 
     Returns:
         image uint8 [size, size, 3] RGB and the class index 0..C-1.
@@ -240,5 +286,44 @@ def render_object(index: int, size: int = 96, seed: int = 0) -> tuple[np.ndarray
     kind = int(rng.integers(len(SHAPE_CLASSES)))
     image = _background(rng, rng.integers(len(BACKGROUNDS)), size, size)
     centre = size * rng.uniform(0.42, 0.58, 2)
-    _creature(rng, image, np.zeros((size, size), np.uint8), kind, centre, size * rng.uniform(0.28, 0.45))
+    mask, part = np.zeros((2, size, size), np.uint8)  # drawn, but nobody asks for them
+    _creature(rng, image, mask, part, kind, centre, size * rng.uniform(0.28, 0.45))
     return _finish(rng, image), kind
+
+
+class ShapesDataset(SegmentationDataset):
+    """The built-in scenes, drawn when first asked for and kept in memory (64 kB each).
+
+    Args:
+        split: train, val or test.
+        images: number of scenes.
+        seed: another seed, another dataset.
+    """
+
+    name = "shapes"
+    default_root = PACKAGE / "data"  # nothing is read: this folder's code draws the images
+
+    def __init__(self, split: str, images: int = 512, seed: int = 0) -> None:
+        super().__init__(split, SHAPE_CLASSES, [f"{split}_{i:05d}" for i in range(images)])
+        self.seed = seed
+        self._scenes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @classmethod
+    def load(cls, root: object, split: str, images: int = 0) -> "ShapesDataset":
+        return cls(split, images or 512)
+
+    def _scene(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        if i not in self._scenes:
+            self._scenes[i] = render_scene(self.split, i, seed=self.seed)
+        return self._scenes[i]
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(self._scene(i)[0])
+
+    def mask(self, i: int) -> Tensor:
+        return torch.from_numpy(self._scene(i)[1].copy())
+
+    def label(self, i: int) -> Tensor:
+        return classes_in(torch.from_numpy(self._scene(i)[1]), len(self.classes))

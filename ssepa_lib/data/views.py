@@ -1,26 +1,24 @@
-"""From a data set to batches: the views of ToCo and FSR for training, resized pictures for evaluation.
+"""The random views of an image that ToCo and FSR train on.
 
-Every random number of an item is drawn from a generator seeded by (seed, position in the run), so a resumed run, or
-one with another number of loader processes, sees the same views. Positions count from 0 over all steps and ranks.
+Every random number of an item is drawn from a generator seeded by (seed, position in the run), so a resumed
+run, or one with another number of loader processes, sees the same views. Positions count from 0 over all
+steps and ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ssepa_lib.data.datasets import SegmentationDataset
-from ssepa_lib.errors import UserError
+from ssepa_lib.randomness import generator, seeded
 from ssepa_lib.recipe import Recipe
-
-_SHUFFLE, _VIEWS = 0, 1  # random streams
 
 
 class Views(NamedTuple):
@@ -31,7 +29,7 @@ class Views(NamedTuple):
     box: Tensor
     label: Tensor
     global2: Tensor | None
-    local_source: Tensor | None
+    local_canvas: Tensor | None
     view2: Tensor | None
 
 
@@ -44,12 +42,10 @@ class Batch:
     box: Tensor  # long [B, 4]: y0, y1, x0, x1 of the part of `image` that is not padding
     label: Tensor  # float [B, C]
     global2: Tensor | None  # [B, 3, S, S]: second global view; None without class token contrast
-    local_source: (
-        Tensor | None
-    )  # [B, 3, S, S]: pixel for pixel the crop under another jitter, to cut local views from
+    local_canvas: Tensor | None  # [B, 3, S, S]: the crop under another jitter, to cut local views from
     view2: Tensor | None  # [B, 3, S, S]: FSR's second view; None without self-reinforcement
 
-    def _map(self, function) -> "Batch":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
@@ -67,11 +63,6 @@ def collate(views: list[Views]) -> Batch:
     columns = dict(zip(Views._fields, zip(*views, strict=True), strict=True))
     stacked = {k: None if v[0] is None else torch.stack(v) for k, v in columns.items() if k != "id"}
     return Batch(id=list(columns["id"]), **stacked)
-
-
-def _state(*key: int) -> int:
-    """A well-mixed 32-bit seed of several numbers."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _integer(high: int) -> int:
@@ -96,20 +87,21 @@ def _padded(image: Image.Image, side: int, top: int, left: int) -> Tensor:
 
 
 class TrainViews(Dataset):
-    """Item p is what position p of a run sees: an image of the shuffled data set and its random views.
+    """Item p is what position p of a run sees: an image of the shuffled dataset and its random views.
 
-    ToCo: random scale, mirror and crop; where the scaled image is smaller than the crop it lies at a random place on
-    black. The crop is jittered and turned grey at random; it is not blurred because its pixels decide where
-    pseudo-labels end. `local_source` is the same crop under an independent jitter, grey and blur (p 0.5), `global2`
-    a RandomResizedCrop of the whole image with jitter, grey, blur (p 0.1) and solarise (p 0.2); the paper leaves the
-    probabilities of blur open and these are DINO's for local and second global views. Padding stays black: colours
-    change before it is added.
+    ToCo: random scale, flip and crop; an image that is smaller than the crop after scaling lies at a random
+    place on black. The crop is jittered and turned grey at random; it is not blurred because its pixels
+    decide where pseudo-labels end. `local_canvas` is the same crop under an independent jitter, grey and blur
+    (p 0.5), `global2` a RandomResizedCrop of the whole image with jitter, grey, blur (p 0.1) and solarise (p
+    0.2); the paper leaves the probabilities of blur open and these are DINO's for local and second global
+    views. Padding stays black: colours change before it is added.
 
-    FSR (`data.views`): a bicubic RandomResizedCrop with mirror and jitter (p 0.5), and the augmentation arm if the
-    recipe names one; the box is the whole view. `view2`, for FSR's terms, is another such crop, drawn on its own.
+    FSR (`data.views`): a bicubic RandomResizedCrop with flip and jitter (p 0.5), and the augmentation arm if
+    the recipe names one; the box is the whole view. `view2`, for FSR's terms, is another such crop, drawn on
+    its own.
 
     Args:
-        dataset: pictures and labels; masks are not read.
+        dataset: images and labels; masks are not read.
         recipe: its fields data, the losses' ctc, unc and cer, contrast, reinforce and train.seed count.
     """
 
@@ -120,25 +112,13 @@ class TrainViews(Dataset):
         colour = [_jitter(0.8), v2.RandomGrayscale(0.2)]
         self.crop_colour = v2.Compose(colour)
         self.local_colour = v2.Compose([*colour, v2.RandomApply([_blur], 0.5)])
-        self.second_global = v2.Compose(
-            [
-                v2.RandomResizedCrop(recipe.data.crop, tuple(recipe.contrast.global_scale)),
-                v2.RandomHorizontalFlip(),
-                *colour,
-                v2.RandomApply([_blur], 0.1),
-                v2.RandomSolarize(128, 0.2),
-            ]
-        )
-        self.fsr_geometry = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    recipe.data.crop,
-                    tuple(recipe.reinforce.view_scale),
-                    interpolation=v2.InterpolationMode.BICUBIC,
-                ),
-                v2.RandomHorizontalFlip(),
-            ]
-        )
+        crop = v2.RandomResizedCrop(recipe.data.crop, tuple(recipe.contrast.global_scale))
+        blur, solarise = v2.RandomApply([_blur], 0.1), v2.RandomSolarize(128, 0.2)
+        self.second_global = v2.Compose([crop, v2.RandomHorizontalFlip(), *colour, blur, solarise])
+        bicubic = v2.InterpolationMode.BICUBIC
+        scale = tuple(recipe.reinforce.view_scale)
+        crop = v2.RandomResizedCrop(recipe.data.crop, scale, interpolation=bicubic)
+        self.fsr_geometry = v2.Compose([crop, v2.RandomHorizontalFlip()])
         arms = {
             "none": [],
             "blur": [v2.RandomApply([_blur], 0.5)],
@@ -152,11 +132,11 @@ class TrainViews(Dataset):
         return self.positions
 
     def index(self, position: int) -> int:
-        """Which image stands at a position: every epoch is another permutation."""
+        """Index of the image at a position; every epoch is another permutation of the dataset."""
         epoch, place = divmod(position, len(self.dataset))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(_state(self.seed, _SHUFFLE, epoch))
-            self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
+            order = torch.randperm(len(self.dataset), generator=generator("order", self.seed, epoch))
+            self._order = epoch, order
         return int(self._order[1][place])
 
     def __getitem__(self, position: int) -> Views:
@@ -164,10 +144,9 @@ class TrainViews(Dataset):
             raise IndexError(position)
         i = self.index(position)
         image, label = self.dataset.image(i), self.dataset.label(i)
-        # torchvision draws from the global generator only. Its state is put back, and only the CPU's is touched:
-        # torch.manual_seed would reseed the GPU of a training process that loads its own data.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_state(self.seed, _VIEWS, position))
+        # torchvision draws from the global generator only. The GPU's is left alone, because a training
+        # process that loads its own data would otherwise reseed it.
+        with seeded("views", self.seed, position):
             return self._views(self.dataset.ids[i], image, label)
 
     def _views(self, name: str, image: Image.Image, label: Tensor) -> Views:
@@ -179,17 +158,17 @@ class TrainViews(Dataset):
             crop = self._scaled_crop(image)
             top, left = _integer(side - crop.height), _integer(side - crop.width)
             coloured = self.crop_colour(crop)
-        global2 = local_source = view2 = None
+        global2 = local_canvas = view2 = None
         if self.reinforced:
             view2 = F.pil_to_tensor(self.fsr_colour(self.fsr_geometry(image)))
         if self.contrasted:
             global2 = F.pil_to_tensor(self.second_global(image))
-            local_source = _padded(self.local_colour(crop), side, top, left)
+            local_canvas = _padded(self.local_colour(crop), side, top, left)
         box = torch.tensor([top, top + crop.height, left, left + crop.width])
-        return Views(name, _padded(coloured, side, top, left), box, label, global2, local_source, view2)
+        return Views(name, _padded(coloured, side, top, left), box, label, global2, local_canvas, view2)
 
     def _scaled_crop(self, image: Image.Image) -> Image.Image:
-        """Random scale, crop and mirror; at most [crop, crop]. Only the crop's part of the scaled image is computed."""
+        """Random scale, crop and flip; at most [crop, crop]. Nothing outside it is computed."""
         scale = float(torch.empty(()).uniform_(*self.data.scale))
         width, height = (max(1, round(length * scale)) for length in image.size)
         w, h = min(width, self.data.crop), min(height, self.data.crop)
@@ -198,85 +177,3 @@ class TrainViews(Dataset):
         box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
         crop = image.resize((w, h), Image.Resampling.BILINEAR, box=box)
         return F.horizontal_flip(crop) if _integer(1) else crop
-
-
-class _Loader(DataLoader):
-    """A DataLoader that leaves the global random state alone and keeps a worker's UserError one sentence."""
-
-    def __init__(self, dataset: Dataset, **settings) -> None:
-        super().__init__(dataset, generator=torch.Generator(), **settings)
-
-    def __iter__(self) -> Iterator:
-        try:
-            yield from super().__iter__()
-        except UserError as error:  # torch prepends the worker's traceback to the message
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
-
-
-def train_loader(
-    dataset: SegmentationDataset, recipe: Recipe, start_step: int = 0, rank: int = 0, world: int = 1
-) -> DataLoader:
-    """Batches of the steps `start_step`..`recipe.train.steps` - 1, this process's share of each.
-
-    Args:
-        dataset: training images; shuffled anew every epoch, epochs follow each other without a gap.
-        recipe: `data.batch` is the total over all processes.
-        start_step: where a resumed run goes on.
-        rank, world: number of this process and of all processes.
-
-    Raises:
-        UserError: the batch cannot be split evenly, or an image or label is unreadable.
-    """
-    batch = recipe.data.batch
-    if batch % world:
-        raise UserError(
-            f"data.batch is {batch} but there are {world} processes; choose a multiple of {world}."
-        )
-    share = batch // world
-    starts = (step * batch + rank * share for step in range(start_step, recipe.train.steps))
-    return _Loader(
-        TrainViews(dataset, recipe),
-        batch_sampler=[range(start, start + share) for start in starts],
-        collate_fn=collate,
-        num_workers=recipe.data.workers,
-        pin_memory=recipe.train.device != "cpu" and torch.cuda.is_available(),
-    )
-
-
-class _EvalItems(Dataset):
-    def __init__(self, dataset: SegmentationDataset, size: int) -> None:
-        self.dataset, self.size = dataset, size
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> tuple[str, Tensor, Tensor, Tensor | None]:
-        image = self.dataset.image(i)
-        if self.size:
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        return self.dataset.ids[i], F.pil_to_tensor(image), self.dataset.label(i), self.dataset.mask(i)
-
-
-def _collate_eval(items: list[tuple]) -> tuple[list[str], Tensor, Tensor, list[Tensor | None]]:
-    ids, images, labels, masks = zip(*items, strict=True)
-    return list(ids), torch.stack(images), torch.stack(labels), list(masks)
-
-
-def eval_batches(dataset: SegmentationDataset, size: int, batch_size: int, workers: int = 0) -> DataLoader:
-    """The data set in order, as (ids, images uint8 [B, 3, size, size], labels [B, C], masks at original size).
-
-    Args:
-        size: side to which images are resized (bilinear, not keeping the aspect); 0: original size, one by one.
-        batch_size: images at once, where they are resized.
-        workers: loader processes; 0: none.
-
-    Raises:
-        UserError: an unreadable image, mask or label.
-    """
-    return _Loader(
-        _EvalItems(dataset, size),
-        batch_size=batch_size if size else 1,
-        collate_fn=_collate_eval,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )

@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ssepa_lib.data.datasets import SegmentationDataset, ShapesDataset
-from ssepa_lib.data.views import Batch, TrainViews, collate, eval_batches, train_loader
+from ssepa_lib.data import Batch, SegmentationDataset, eval_batches, train_loader
+from ssepa_lib.data.shapes import ShapesDataset
+from ssepa_lib.data.views import TrainViews, collate
 from ssepa_lib.errors import UserError
 
 
 class Ramp(SegmentationDataset):
-    """Pictures whose red is the column + 1 and whose green is the row + 1, so that a crop tells where it was cut."""
+    """Images whose red is the column + 1 and whose green is the row + 1: a crop tells where it was cut."""
 
     def __init__(self, width=50, height=40, images=5):
         super().__init__("train", ["one", "two"], [f"r{i}" for i in range(images)])
@@ -45,14 +46,14 @@ def plain(views):
 def same(a: Batch, b: Batch) -> bool:
     return a.id == b.id and all(
         torch.equal(getattr(a, k), getattr(b, k))
-        for k in ("image", "box", "label", "global2", "local_source")
+        for k in ("image", "box", "label", "global2", "local_canvas")
     )
 
 
 @pytest.mark.parametrize("width", [20, 50])
 def test_crop_is_a_part_of_the_image_on_black(tiny, width):
     recipe = tiny(**{"data.scale": [1.0, 1.0], "train.steps": 20})
-    places, mirrored = set(), set()
+    places, flipped = set(), set()
     for position in range(20):
         item = plain(TrainViews(Ramp(width), recipe))[position]
         y0, y1, x0, x1 = item.box.tolist()
@@ -62,8 +63,8 @@ def test_crop_is_a_part_of_the_image_on_black(tiny, width):
         step = inside[0, 0].diff().unique().tolist()
         assert step in ([1], [-1]) and (inside[1].diff(dim=0) == 1).all()
         places.add((x0, int(inside[0].min()), int(inside[1].min())))
-        mirrored.add(step[0])
-    assert len(places) > 10 and mirrored == {1, -1}
+        flipped.add(step[0])
+    assert len(places) > 10 and flipped == {1, -1}
 
 
 def test_scale_spans_its_range_and_box_follows(tiny):
@@ -95,12 +96,12 @@ def test_a_scaled_crop_equals_cropping_the_scaled_image(tiny):
     assert min(differences) <= 1
 
 
-def test_local_source_is_the_crop_under_another_jitter(tiny):
+def test_local_canvas_is_the_crop_under_another_jitter(tiny):
     views = TrainViews(ShapesDataset("train", 4), tiny(**{"train.steps": 20}))
     items = [views[p] for p in range(20)]
-    assert any(not torch.equal(item.image, item.local_source) for item in items)
+    assert any(not torch.equal(item.image, item.local_canvas) for item in items)
     item = plain(views)[3]
-    assert torch.equal(item.image, item.local_source)
+    assert torch.equal(item.image, item.local_canvas)
 
 
 def test_padding_stays_black_under_jitter(tiny):
@@ -110,15 +111,15 @@ def test_padding_stays_black_under_jitter(tiny):
         outside = torch.ones(32, 32, dtype=torch.bool)
         outside[item.box[0] : item.box[1], item.box[2] : item.box[3]] = False
         assert outside.sum() == 32 * 32 - 16 * 16
-        assert item.image[:, outside].sum() == 0 and item.local_source[:, outside].sum() == 0
+        assert item.image[:, outside].sum() == 0 and item.local_canvas[:, outside].sum() == 0
 
 
 def test_views_that_no_loss_needs_are_not_made(tiny):
     data = ShapesDataset("train", 4)
     item = TrainViews(data, tiny(**{"losses.ctc": 0.0}))[0]
-    assert item.global2 is None and item.local_source is None and item.view2 is None
+    assert item.global2 is None and item.local_canvas is None and item.view2 is None
     item = TrainViews(data, tiny())[0]
-    assert item.global2.shape == item.local_source.shape == (3, 32, 32) and item.view2 is None
+    assert item.global2.shape == item.local_canvas.shape == (3, 32, 32) and item.view2 is None
     item = TrainViews(data, tiny("fsr", **{"losses.unc": 0.0, "losses.cer": 0.0}))[0]
     assert item.view2 is None
 
@@ -141,7 +142,7 @@ def test_fsr_views(tiny, arm):
     items = [views[p] for p in range(20)]
     for item in items:
         assert item.image.shape == item.view2.shape == (3, 32, 32) and item.image.dtype == torch.uint8
-        assert item.box.tolist() == [0, 32, 0, 32] and item.global2 is None and item.local_source is None
+        assert item.box.tolist() == [0, 32, 0, 32] and item.global2 is None and item.local_canvas is None
         assert not torch.equal(item.image, item.view2)
 
 
@@ -175,7 +176,7 @@ def test_every_epoch_is_another_permutation(tiny):
     assert views.index(0) == epochs[0][0]  # going back works
 
 
-def test_a_resumed_loader_goes_on_with_the_same_batches(tiny):
+def test_a_resumed_loader_continues_with_the_same_batches(tiny):
     recipe, data = tiny(), ShapesDataset("train", 8)
     whole, rest = list(train_loader(data, recipe)), list(train_loader(data, recipe, start_step=4))
     assert len(whole) == 6 and len(rest) == 2
@@ -225,7 +226,7 @@ def test_batch_moves_as_a_whole(tiny):
     assert batch.image.shape == (2, 3, 32, 32) and batch.box.shape == (2, 4) and batch.label.shape == (2, 2)
     moved = batch.to("meta")
     assert moved.id == batch.id and moved.view2 is None
-    assert all(getattr(moved, k).is_meta for k in ("image", "box", "label", "global2", "local_source"))
+    assert all(getattr(moved, k).is_meta for k in ("image", "box", "label", "global2", "local_canvas"))
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(16, [2, 2, 1]), (0, [1] * 5)])

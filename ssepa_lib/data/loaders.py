@@ -1,0 +1,96 @@
+"""Batches of a dataset: shuffled views for training, images in order for evaluation."""
+
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
+
+from ssepa_lib.data.datasets import SegmentationDataset
+from ssepa_lib.data.views import TrainViews, collate
+from ssepa_lib.errors import UserError
+from ssepa_lib.recipe import Recipe
+
+
+class _Loader(DataLoader):
+    """A DataLoader that leaves the global random state alone and keeps a worker's UserError one sentence."""
+
+    def __init__(self, dataset: Dataset, **settings) -> None:
+        super().__init__(dataset, generator=torch.Generator(), **settings)
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except UserError as error:  # torch prepends the worker's traceback to the message
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
+
+
+def train_loader(
+    dataset: SegmentationDataset, recipe: Recipe, start_step: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """Batches of the steps `start_step`..`recipe.train.steps` - 1, this process's share of each.
+
+    Args:
+        dataset: training images; shuffled anew every epoch; epochs follow each other without a gap.
+        recipe: `data.batch` is the total over all processes.
+        start_step: the first step of a resumed run.
+        rank, world: number of this process and of all processes.
+
+    Raises:
+        UserError: the batch cannot be split evenly, or an image or label is unreadable.
+    """
+    batch = recipe.data.batch
+    if batch % world:
+        raise UserError(
+            f"data.batch is {batch} but there are {world} processes; choose a multiple of {world}."
+        )
+    share = batch // world
+    starts = (step * batch + rank * share for step in range(start_step, recipe.train.steps))
+    return _Loader(
+        TrainViews(dataset, recipe),
+        batch_sampler=[range(start, start + share) for start in starts],
+        collate_fn=collate,
+        num_workers=recipe.data.workers,
+        pin_memory=recipe.train.device != "cpu" and torch.cuda.is_available(),
+    )
+
+
+class _EvalItems(Dataset):
+    def __init__(self, dataset: SegmentationDataset, size: int) -> None:
+        self.dataset, self.size = dataset, size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[str, Tensor, Tensor, Tensor | None]:
+        image = self.dataset.image(i)
+        if self.size:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return self.dataset.ids[i], F.pil_to_tensor(image), self.dataset.label(i), self.dataset.mask(i)
+
+
+def _collate_eval(items: list[tuple]) -> tuple[list[str], Tensor, Tensor, list[Tensor | None]]:
+    ids, images, labels, masks = zip(*items, strict=True)
+    return list(ids), torch.stack(images), torch.stack(labels), list(masks)
+
+
+def eval_batches(dataset: SegmentationDataset, size: int, batch_size: int, workers: int = 0) -> DataLoader:
+    """The dataset in order, as (ids, images uint8 [B, 3, size, size], labels [B, C], masks at original size).
+
+    Args:
+        size: side to which images are resized (bilinear, not keeping the aspect); 0: original, one by one.
+        batch_size: images at once, where they are resized.
+        workers: loader processes; 0: none.
+
+    Raises:
+        UserError: an unreadable image, mask or label.
+    """
+    return _Loader(
+        _EvalItems(dataset, size),
+        batch_size=batch_size if size else 1,
+        collate_fn=_collate_eval,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
