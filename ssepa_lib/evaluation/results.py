@@ -1,0 +1,215 @@
+"""Results: their columns, the setting that belongs to every number, what is still valid, what is stored.
+
+A column is an output under a test-time mode, such as `segmentation_ms`. A number means nothing without its
+`setting`: the dataset, split, number of images and size, the training, and per column the scales, flip and
+CRF.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssepa_lib.data import SegmentationDataset
+from ssepa_lib.device import describe_device
+from ssepa_lib.errors import UserError
+from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.run import RunFolder
+
+MAPS = ("cam", "aux_cam", "refined_cam")
+OUTPUTS = (*MAPS, "pseudo_label", "segmentation")
+TEST_TIME = {"single": "", "ms": "_ms", "ms_crf": "_ms_crf"}  # mode → what it adds to an output's name
+MEASURES = ("miou", "precision", "recall", "boundary_iou")  # one number per column, percent
+
+_RESULT = {"setting", *MEASURES, "per_class", "threshold_curve", "mean_average_precision"}
+_SETTING = {"data", "split", "images", "size", "method", "seed", "steps", "batch", "backbone", "outputs"}
+
+
+def require_known(name: str, values: Sequence[str], allowed: Collection[str]) -> None:
+    """Raise a UserError that names the first value which is not allowed."""
+    for value in values:
+        if value not in allowed:
+            raise UserError(f"{name} '{value}' is unknown; choose from {', '.join(allowed)}.")
+
+
+def column_names(outputs: Sequence[str], test_time: Sequence[str]) -> list[str]:
+    """Names of the columns of a result, such as `segmentation_ms`; maps have no CRF.
+
+    Raises:
+        UserError: an unknown output or test-time mode.
+    """
+    require_known("outputs", outputs, OUTPUTS)
+    require_known("test_time", test_time, TEST_TIME)
+    return [
+        output + suffix
+        for mode, suffix in TEST_TIME.items()
+        if mode in test_time
+        for output in outputs
+        if not (mode == "ms_crf" and output in MAPS)
+    ]
+
+
+def split_column(column: str) -> tuple[str, str]:
+    """Output and test-time mode of a column."""
+    for mode in ("ms_crf", "ms"):
+        if column.endswith(TEST_TIME[mode]):
+            return column.removesuffix(TEST_TIME[mode]), mode
+    return column, "single"
+
+
+def build_setting(
+    recipe: Recipe, dataset: SegmentationDataset, device: torch.device, columns: Sequence[str]
+) -> dict[str, Any]:
+    """Everything a number depends on, ready for JSON."""
+    parts = recipe.name.split("/")
+    composed = len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml"))
+    return {
+        "data": dataset.name,
+        "split": dataset.split,
+        "images": len(dataset),
+        "size": recipe.data.eval_size,
+        "recipe": recipe.name,
+        "method": parts[1] if composed else recipe.name,
+        "affinity": recipe.affinity.kind,
+        "haaf_objective": recipe.affinity.haaf_objective,
+        "background": recipe.cam.background,
+        "seed": recipe.train.seed,
+        "steps": recipe.train.steps,
+        "batch": recipe.data.batch,
+        "backbone": recipe.model.backbone,
+        "device": describe_device(device),
+        "recipe_hash": recipe.hash(),
+        "outputs": {column: _view(column, recipe) for column in columns},
+    }
+
+
+def _view(column: str, recipe: Recipe) -> dict[str, Any]:
+    """Scales, flip and CRF of one column."""
+    output, mode = split_column(column)
+    if mode == "single":
+        return {"scales": [1.0], "flip": False, "crf": False}
+    several = recipe.eval if output == "segmentation" else recipe.cam
+    return {"scales": list(several.scales), "flip": several.flip, "crf": mode == "ms_crf"}
+
+
+def current_columns(result: dict, recipe: Recipe, images: int) -> set[str]:
+    """Columns of a stored result that an evaluation of the recipe would give again.
+
+    The training, number of images, size and background threshold must be the recipe's, for a column also
+    its scales, flip and CRF.
+    """
+    setting = result["setting"]
+    now = {
+        "recipe_hash": recipe.hash(),
+        "images": images,
+        "size": recipe.data.eval_size,
+        "background": recipe.cam.background,
+    }
+    if any(setting.get(name) != value for name, value in now.items()):
+        return set()
+    views = setting["outputs"]  # without those outputs that the recipe does not have, whose mIoU is None
+    return {column for column in result["miou"] if views.get(column) in (None, _view(column, recipe))}
+
+
+def merge_results(known: dict, new: dict) -> dict:
+    """A result with the columns of both; of a column that both have, the new one stays."""
+    merged = dict(new)
+    for part in (*MEASURES, "per_class", "threshold_curve"):
+        merged[part] = known[part] | new[part]
+    outputs = known["setting"]["outputs"] | new["setting"]["outputs"]
+    return merged | {"setting": new["setting"] | {"outputs": outputs}}
+
+
+def result_name(split: str, images: int | None, size: int | None) -> str:
+    """Key of a result: `val`, or for example `val (10 images, native size)` where it is not the recipe's own.
+
+    Args:
+        images: number of images; None: as many as the recipe says.
+        size: side in pixels, 0 for the native size; None: as the recipe says.
+    """
+    notes = [] if images is None else [f"{images} images"]
+    if size is not None:
+        notes.append(describe_size(size))
+    return f"{split} ({', '.join(notes)})" if notes else split
+
+
+def describe_size(size: int) -> str:
+    """`448²`, or `native size` for 0."""
+    return f"{size}²" if size else "native size"
+
+
+def describe_view(view: dict) -> str:
+    """Scales, flip and CRF of a column in words, such as `scales 1/1.25/1.5 + flip + CRF`."""
+    scales = "/".join(f"{scale:g}" for scale in view["scales"])
+    parts = [f"scale{'s' * (len(view['scales']) > 1)} {scales}"]
+    return " + ".join(parts + ["flip"] * view["flip"] + ["CRF"] * view["crf"])
+
+
+def describe_setting(setting: dict, column: str) -> str:
+    """One line to stand beside a number: `voc val, 1449 images, 448², scale 1, 2000 steps of 4, seed 0`."""
+    parts = [
+        f"{setting['data']} {setting['split']}",
+        f"{setting['images']} images",
+        describe_size(setting["size"]),
+        describe_view(setting["outputs"][column]),
+        f"{setting['steps']} steps of {setting['batch']}",
+        f"seed {setting['seed']}",
+    ]
+    return ", ".join(parts)
+
+
+def describe_settings(settings: Sequence[dict], columns: Sequence[str]) -> list[str]:
+    """`describe_setting` once per kind of view, with the columns it belongs to.
+
+    Args:
+        settings: of results that differ in seed or method alone; a column is looked up in the first that
+            has it.
+    """
+    lines: dict[str, tuple[str, list[str]]] = {}
+    for column in columns:
+        setting = next((s for s in settings if column in s["outputs"]), None)
+        if setting:
+            view = describe_view(setting["outputs"][column])
+            lines.setdefault(view, (describe_setting(setting, column), []))[1].append(column)
+    return [f"{', '.join(names)}: {line}" for line, names in lines.values()]
+
+
+def convert_result(result: dict) -> dict:
+    """A stored result in today's layout.
+
+    In format 1 the setting said `products` and `supervision`, and mIoU was the only measure: the others are
+        None.
+
+    Raises:
+        ValueError: something is missing.
+    """
+    setting = dict(result["setting"])
+    if "products" in setting:
+        renamed = {"products": "outputs", "supervision": "haaf_objective"}
+        setting = {renamed.get(name, name): value for name, value in setting.items()}
+        unknown = dict.fromkeys(result.get("miou", {}))
+        result = {"precision": unknown, "recall": unknown, "boundary_iou": unknown} | result
+    result = result | {"setting": setting}
+    lacking = (_RESULT - result.keys()) or (_SETTING - setting.keys())
+    if lacking:
+        raise ValueError(f"'{min(lacking)}' is missing")
+    return result
+
+
+def read_results(run_dir: Path | str) -> dict[str, dict]:
+    """A run's `metrics.json` in today's layout, name → result of `evaluate`; empty where there is none.
+
+    Raises:
+        UserError: see `RunFolder.read_metrics`, or an entry is missing.
+    """
+    run = RunFolder(run_dir)
+    results = {}
+    for name, result in run.read_metrics().items():
+        try:
+            results[name] = convert_result(result)
+        except ValueError as error:
+            raise UserError(
+                f"{run.metrics}: {error} in the result '{name}'; delete the file and evaluate the run again."
+            ) from error
+    return results
