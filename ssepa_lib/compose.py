@@ -1,7 +1,7 @@
 """Recipes from files: `load_recipe("voc/fsr+ssepa", {"train.steps": 500})`.
 
 A name is `data/method[/backbone]`; its parts are YAML files below `recipes/`, merged in this order into the
-defaults. Methods compose with `+`. A name that ends in .yaml is a path, such as that of a run's `recipe.yaml`.
+defaults. Methods compose with `+`. A name ending in .yaml is a path, such as that of a run's `recipe.yaml`.
 Settings that have been renamed are still understood, wherever they come from.
 """
 
