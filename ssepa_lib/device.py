@@ -1,4 +1,4 @@
-"""Where tensors live and in which precision: one processor or one GPU without any change of code."""
+"""Where tensors live and in which precision, and how several processes share a batch."""
 
 import platform
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.private_api import amx_available
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -25,11 +26,10 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself (CUDA from Ampere on, processors with AMX)."""
+    """Whether the hardware multiplies bfloat16 matrices itself (CUDA from Ampere on, CPUs with AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
+    return amx_available()
 
 
 def precision(setting: str, device: torch.device) -> str:
@@ -45,7 +45,7 @@ def autocast(setting: str, device: torch.device) -> AbstractContextManager:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name of the GPU, or the processor with its number of threads."""
+    """Name of the GPU, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -53,17 +53,18 @@ def describe_device(device: torch.device) -> str:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and the number of processes."""
+    """The number of this process and the number of all processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def over_processes(total: Tensor, count: Tensor) -> Tensor:
+def global_ratio(total: Tensor, count: Tensor) -> Tensor:
     """total / count where the batch is shared among processes.
 
-    `count` is summed over processes and the quotient scaled such that averaging values and gradients over processes
-    gives exactly what one process with the whole batch has. With one process it is the plain quotient.
+    `count` is summed over processes and the quotient scaled such that averaging values and gradients over
+    processes gives exactly what one process with the whole batch has. With one process it is the plain
+    quotient.
     """
     world = rank_and_world()[1]
     if world > 1:
@@ -72,7 +73,7 @@ def over_processes(total: Tensor, count: Tensor) -> Tensor:
     return world * total / count.clamp(min=1)
 
 
-def own_share(draw: Callable[[int], Tensor], batch: int) -> Tensor:
-    """Random numbers for this process's images out of a draw for the whole batch, so that sharing changes nothing."""
+def rank_slice(draw: Callable[[int], Tensor], batch: int) -> Tensor:
+    """Random numbers for the images of this process out of a draw for the whole batch."""
     rank, world = rank_and_world()
     return draw(batch * world)[rank * batch : (rank + 1) * batch]

@@ -1,4 +1,4 @@
-"""Class activation maps: multi-scale, mirrored, refined by the patch affinity (ToCo, Section 3.2; SS-EPA, Eq. 7)."""
+"""Class activation maps: multi-scale, flipped, refined by the affinity (ToCo, Section 3.2; SS-EPA, Eq. 7)."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssepa_lib.labels.refine import Refiner
 from ssepa_lib.model.network import Network, NetworkOutput
 from ssepa_lib.recipe import CamConfig
 
@@ -31,34 +32,48 @@ class _Selection:
 
 
 @dataclass
-class Cams:
-    """Maps in 0..1 at image size, [B, C, H, W]; zero for classes the image label excludes.
+class _Packed:
+    """Maps of the classes present: main and auxiliary and, with a refiner, the refined main map."""
 
-    Only the maps of classes present are kept; each property fills in the zeros anew.
+    main: Tensor  # [b, P, h, w]
+    auxiliary: Tensor
+    refined: Tensor | None
+
+    def map(self, function, *others: "_Packed") -> "_Packed":
+        """Apply a function to the main, auxiliary and refined maps of several of these."""
+        columns = zip(*((p.main, p.auxiliary, p.refined) for p in (self, *others)), strict=True)
+        return _Packed(*(None if maps[0] is None else function(*maps) for maps in columns))
+
+
+@dataclass
+class Cams:
+    """Maps in 0..1 at image size, [B, C, H, W]; zero for classes that the image label excludes.
+
+    Only the maps of the classes present are kept; each property fills in the zeros anew.
     """
 
     select: _Selection
-    packed: list[Tensor]  # [B, P, H, W]: main, auxiliary and, with affinity, refined maps
+    packed: _Packed
 
     @property
-    def cam(self) -> Tensor:
-        """Main classifier."""
-        return self.select.unpack(self.packed[0])
+    def main(self) -> Tensor:
+        """Maps of the main classifier."""
+        return self.select.unpack(self.packed.main)
 
     @property
-    def aux_cam(self) -> Tensor:
-        """Auxiliary classifier."""
-        return self.select.unpack(self.packed[1])
+    def auxiliary(self) -> Tensor:
+        """Maps of the auxiliary classifier."""
+        return self.select.unpack(self.packed.auxiliary)
 
     @property
     def refined(self) -> Tensor | None:
-        """Main map after the affinity; None when not asked for."""
-        return self.select.unpack(self.packed[2]) if len(self.packed) > 2 else None
+        """Main maps after the affinity; None without a refiner."""
+        return None if self.packed.refined is None else self.select.unpack(self.packed.refined)
 
     @property
-    def best(self) -> Tensor:
-        """The map pseudo-labels are made from: refined where there is one (SS-EPA, Section 3.3)."""
-        return self.cam if len(self.packed) == 2 else self.refined
+    def for_labels(self) -> Tensor:
+        """The maps that pseudo-labels are made from: refined where there are any (SS-EPA, Section 3.3)."""
+        return self.main if self.packed.refined is None else self.refined
 
 
 def normalise_cam(cam: Tensor) -> Tensor:
@@ -68,7 +83,7 @@ def normalise_cam(cam: Tensor) -> Tensor:
 
 
 def valid_cam(cam: Tensor, label: Tensor) -> Tensor:
-    """Remove the classes an image does not show. [B, C, H, W] × [B, C] → [B, C, H, W]."""
+    """Remove the classes that an image does not show. [B, C, H, W] × [B, C] → [B, C, H, W]."""
     return cam * label[:, :, None, None]
 
 
@@ -78,20 +93,15 @@ def cam_to_label(cam: Tensor, background: float) -> Tensor:
     return torch.where(score > background, index + 1, 0)
 
 
-def refine(output: NetworkOutput, maps: Tensor) -> Tensor:
-    """Affinity × map. [B, X, h, w] → [B, X, h, w]."""
-    return (output.affinity @ maps.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, output.grid)
-
-
-def _maps(output: NetworkOutput, select: _Selection, affinity: bool, auxiliary: bool) -> list[Tensor]:
-    """Packed main, auxiliary and refined maps of one forward pass at patch resolution."""
-    cam, aux = select.pack(output.cam), select.pack(output.aux_cam)
-    if not affinity:
-        return [cam, aux]
-    if not auxiliary:
-        return [cam, aux, refine(output, cam.relu())]
-    both = refine(output, torch.cat([cam, aux], 1).relu())
-    return [cam, both[:, cam.shape[1] :], both[:, : cam.shape[1]]]
+def _patch_maps(output: NetworkOutput, select: _Selection, refiner: Refiner | None) -> _Packed:
+    """Packed maps of one forward pass at patch resolution."""
+    main, auxiliary = select.pack(output.cam), select.pack(output.aux_cam)  # [b, P, h, w]
+    if refiner is None:
+        return _Packed(main, auxiliary, None)
+    if not refiner.config.auxiliary:
+        return _Packed(main, auxiliary, refiner(output.attention, main.relu()))
+    refined, auxiliary = refiner(output.attention, torch.cat([main, auxiliary], 1).relu()).chunk(2, 1)
+    return _Packed(main, auxiliary, refined)
 
 
 @torch.no_grad()
@@ -100,63 +110,85 @@ def multi_scale_cam(
     image: Tensor,
     label: Tensor,
     config: CamConfig,
+    refiner: Refiner | None = None,
     *,
-    affinity: bool = False,
     first: NetworkOutput | None = None,
 ) -> Cams:
-    """Multi-scale class activation maps of the classes an image shows.
+    """Multi-scale class activation maps of the classes that an image shows.
 
-    For each scale image and mirror are encoded; the maps are resized to the image, mirrored back, and their
-    element-wise maximum taken, then ReLU; the sum over scales is min-max normalised. The affinity is applied at each
-    scale, to the ReLU'd map, before resizing; without `affinity.per_scale` to the sum, at the patches of scale 1: the
-    affinity of the image itself serves all scales.
+    For each scale the image and its flip are encoded; the maps are resized to the image, flipped back, and
+    their element-wise maximum is taken, then ReLU; the sum over scales is min-max normalised. The affinity is
+    applied at each scale, to the ReLU'd map, before resizing. With `affinity.per_scale: false` it is applied
+    once, to the sum, at the patches of scale 1: the affinity of the image itself then serves all scales.
 
     Args:
         image: [B, 3, H, W], 0..255.
         label: [B, C], 0 or 1; maps of absent classes are zero ("valid CAM").
-        affinity: also return the refined main map (and refine the auxiliary one where the recipe says so).
-        first: output of the network on `image` itself, when it is already there; saves that pass at scale 1.
+        refiner: also return the refined main maps (and refine the auxiliary ones where its configuration says
+            so).
+        first: output of the network on `image` itself, with attention if there is a refiner, when it is
+            already there; saves that pass at scale 1.
+
+    Returns:
+        Main, auxiliary and refined maps in 0..1 at the size of the image.
     """
-    auxiliary = affinity and network.affinity_config.auxiliary
-    once = affinity and not network.affinity_config.per_scale
-    per_scale = affinity and not once
+    once = refiner is not None and not refiner.config.per_scale
+    per_scale = None if once else refiner
     if once and first is None:
-        first = network(image, segment=False, affinity=True)
-    select, size, totals = _Selection(label), image.shape[-2:], None
+        first = network(image, segment=False, capture=True)
+    select, size = _Selection(label), image.shape[-2:]
+    totals: _Packed | None = None
     for scale in config.scales:
-        x = image.float()
-        if scale != 1:
-            x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        views = [x] if not (scale == 1 and first is not None) else []
-        views += [x.flip(-1)] if config.flip else []
-        maps: list[Tensor] = []
-        if views:
-            output = network(torch.cat(views), segment=False, affinity=per_scale)
-            maps = _maps(output, select, per_scale, auxiliary)
-        if scale == 1 and first is not None:
-            shared = _maps(first, select, per_scale, auxiliary)
-            maps = [torch.cat([a, b]) for a, b in zip(shared, maps, strict=True)] if maps else shared
-        maps = [_full_size(m.float(), size, config.flip) for m in maps]
-        totals = maps if totals is None else [a.add_(b) for a, b in zip(totals, maps, strict=True)]
+        maps = _one_scale(
+            network, image, scale, config.flip, select, per_scale, first if scale == 1 else None
+        )
+        maps = maps.map(lambda m: _full_size(m.float(), size, config.flip))
+        totals = maps if totals is None else totals.map(Tensor.add_, maps)
     if once:
-        totals = _refine_total(first, totals, auxiliary)
-    return Cams(select, [normalise_cam(m) for m in totals])
+        totals = _refine_total(refiner, first, totals)
+    return Cams(select, totals.map(normalise_cam))
+
+
+def _one_scale(
+    network: Network,
+    image: Tensor,
+    scale: float,
+    flip: bool,
+    select: _Selection,
+    refiner: Refiner | None,
+    first: NetworkOutput | None,
+) -> _Packed:
+    """Patch maps of the image at one scale and, with `flip`, of the flipped image, [b·B, P, h, w]."""
+    x = image.float()
+    if scale != 1:
+        x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    views = [x] if first is None else []
+    views += [x.flip(-1)] if flip else []
+    if not views:
+        return _patch_maps(first, select, refiner)
+    output = network(torch.cat(views), segment=False, capture=refiner is not None)
+    maps = _patch_maps(output, select, refiner)
+    if first is None:
+        return maps
+    return _patch_maps(first, select, refiner).map(lambda a, b: torch.cat([a, b]), maps)
 
 
 def _full_size(maps: Tensor, size: torch.Size, flip: bool) -> Tensor:
-    """Maps, with `flip` followed by those of the mirrored images, at image size: their maximum, then ReLU."""
-    plain, *mirrored = maps.chunk(2) if flip else (maps,)
+    """Maps, with `flip` followed by those of the flipped images, at image size: their maximum, then ReLU."""
+    plain, *flipped = maps.chunk(2) if flip else (maps,)
     full = F.interpolate(plain, size, mode="bilinear", align_corners=False)
-    for other in mirrored:  # mirroring back first is the same, and cheaper
+    for other in flipped:  # flipping back first is the same, and cheaper
         other = F.interpolate(other.flip(-1), size, mode="bilinear", align_corners=False)
         torch.maximum(full, other, out=full)
     return full.relu_()
 
 
-def _refine_total(output: NetworkOutput, totals: list[Tensor], auxiliary: bool) -> list[Tensor]:
-    """Main, auxiliary and refined sums over scales at image size, from the first two and the affinity of scale 1."""
-    size, count = totals[0].shape[-2:], totals[0].shape[1]
-    maps = torch.cat(totals, 1) if auxiliary else totals[0]
-    maps = refine(output, F.interpolate(maps, output.grid, mode="bilinear", align_corners=False))
+def _refine_total(refiner: Refiner, output: NetworkOutput, totals: _Packed) -> _Packed:
+    """Sums over scales at image size, refined by the affinity of scale 1."""
+    size, grid = totals.main.shape[-2:], output.grid
+    both = refiner.config.auxiliary
+    maps = torch.cat([totals.main, totals.auxiliary], 1) if both else totals.main
+    maps = refiner(output.attention, F.interpolate(maps, grid, mode="bilinear", align_corners=False))
     maps = F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
-    return [totals[0], maps[:, count:] if auxiliary else totals[1], maps[:, :count]]
+    refined, auxiliary = maps.chunk(2, 1) if both else (maps, totals.auxiliary)
+    return _Packed(totals.main, auxiliary, refined)

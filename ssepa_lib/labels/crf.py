@@ -1,4 +1,7 @@
-"""Dense CRF for inference, in worker processes. Imports no torch, so that a worker starts at once."""
+"""Dense CRF for inference (Krähenbühl and Koltun, NeurIPS 2011), in worker processes.
+
+The file imports no torch, so that a worker starts at once.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,11 +23,12 @@ def crf_available() -> bool:
 
 
 def dense_crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Dense CRF with ToCo's settings: 10 iterations, Gaussian (σ 1 px, weight 1), bilateral (121 px, 5 levels, 4).
+    """Dense CRF with ToCo's settings: 10 iterations, Gaussian (σ 1 px, weight 1), bilateral (121 px, 5
+    levels, 4).
 
-    The pairwise terms move the log-ratio of two classes by at most about the sum of their weights, so a class that is
-    nowhere within e⁵ of the strongest cannot win a pixel and is left out. On VOC images with 21 classes, half to all of
-    the time remains, and the same labels up to one pixel in a million.
+    The pairwise terms move the log-ratio of two classes by at most about the sum of their weights, so a class
+    that is nowhere within e⁵ of the strongest cannot win a pixel and is left out. On VOC images with 21
+    classes, half to all of the time remains, and the same labels up to one pixel in a million.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -66,8 +70,8 @@ def crf_pool(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """`crf_labels` over worker processes; 0 or 1: in this process.
 
-    Jobs (image, probabilities, rest) become (labels, rest), in order. They are drawn lazily, at most two per worker
-    ahead, so memory stays bounded and nothing goes through the disk; the rest stays in this process.
+    Jobs (image, probabilities, rest) become (labels, rest), in order. They are drawn lazily, at most two per
+    worker ahead, so memory stays bounded and nothing goes through the disk; the rest stays in this process.
     """
     if processes <= 1:
         yield from ((crf_labels(image, probabilities), rest) for image, probabilities, rest in jobs)

@@ -1,4 +1,4 @@
-"""Making maps follow the image: pixel-adaptive refinement."""
+"""Pixel-adaptive refinement (PAR): maps are made to follow the colours of the image."""
 
 from collections.abc import Iterator
 from math import hypot
@@ -13,10 +13,10 @@ RING = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 class PixelAdaptiveRefinement(nn.Module):
     """Diffuse scores between neighbours of similar colour (AFA, Section 3.3; ToCo uses it unchanged).
 
-    Every pixel has 8 neighbours at each dilation (replicate padding). A neighbour's weight is a softmax over all
-    neighbours of −(|ΔI| / 0.3σ_I)², averaged over RGB, plus 0.01 times a softmax of −(|Δp| / 0.3σ_p)²; σ are unbiased
-    standard deviations over the neighbours. Each iteration replaces a pixel's scores by the weighted sum of its
-    neighbours' scores.
+    Every pixel has 8 neighbours at each dilation (replicate padding). A neighbour's weight is a softmax over
+    all neighbours of −(|ΔI| / 0.3σ_I)², averaged over RGB, plus 0.01 times a softmax of −(|Δp| / 0.3σ_p)²; σ
+    are unbiased standard deviations over the neighbours. Each iteration replaces a pixel's scores by the
+    weighted sum of its neighbours' scores.
     """
 
     SPREAD, POSITION, EPSILON = 0.3, 0.01, 1e-8

@@ -1,23 +1,33 @@
-"""Feature self-reinforcement: a teacher of the whole network guides a student that sees a masked view (FSR, AAAI 2024).
+"""Feature self-reinforcement: a teacher of the whole network guides a student that sees a masked view (FSR,
+AAAI 2024).
 
-unc.FSR recovers the patches that were masked because their class is uncertain; cer.FSR asks the class token of what is
-left to agree with the teacher's class token of another view of the same image.
+unc.FSR recovers the patches that were masked because their class is uncertain; cer.FSR asks the class token
+of what is left to agree with the teacher's class token of another view of the same image.
 """
 
-import copy
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ssepa_lib.device import over_processes, own_share
+from ssepa_lib.device import global_ratio, rank_slice
 from ssepa_lib.labels.cam import normalise_cam
-from ssepa_lib.model.network import Network, NetworkOutput, ProjectionHead
+from ssepa_lib.methods.objective import Objective
+from ssepa_lib.methods.step import TrainStep
+from ssepa_lib.methods.teacher import Teacher
+from ssepa_lib.model.heads import ProjectionHead
+from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe, ReinforceConfig
+
+ORDER = 20
+
+
+def objectives(recipe: Recipe, network: Network) -> list[Objective]:
+    """FSR's terms where a recipe asks for them."""
+    return [SelfReinforcement(recipe, network)] if recipe.self_reinforced else []
 
 
 def teacher_momentum(config: ReinforceConfig, fraction: float) -> float:
@@ -26,7 +36,7 @@ def teacher_momentum(config: ReinforceConfig, fraction: float) -> float:
 
 
 def teacher_temperature(config: ReinforceConfig, fraction: float) -> float:
-    """Temperature of the teacher after `fraction` (0..1) of all steps: linear up to `teacher_warmup`, then constant."""
+    """Temperature of the teacher after `fraction` (0..1) of all steps: linear, then constant."""
     low, high = config.teacher_temperature
     return low + (high - low) * min(fraction / max(config.teacher_warmup, 1e-9), 1.0)
 
@@ -43,11 +53,11 @@ def mask_blocks(
 ) -> Tensor:
     """Choose the patches hidden from the student in FSR.
 
-    The grid is cut into blocks of `mask_block`² patches (smaller at the right and lower border if it does not divide)
-    and round(mask_ratio · blocks) of them are masked. Until `random_until` of training they are random; then
-    "loose" takes uncertain blocks first and fills up at random, "strict" takes uncertain ones only, "edge" takes
-    those with the strongest image gradient, and "random" stays random. A block is uncertain when the activation at
-    its centre lies strictly between the two values of `uncertain`.
+    The grid is cut into blocks of `mask_block`² patches (smaller at the right and lower border if it does not
+    divide) and round(mask_ratio · blocks) of them are masked. Until `random_until` of training they are
+    random; then "loose" takes uncertain blocks first and fills up at random, "strict" takes uncertain ones
+    only, "edge" takes those with the strongest image gradient, and "random" stays random. A block is
+    uncertain when the activation at its centre lies strictly between the two values of `uncertain`.
 
     Args:
         activation: [B, h, w], 0..1, the normalised auxiliary CAM's maximum over the classes of the label.
@@ -63,8 +73,8 @@ def mask_blocks(
     rows, columns = (torch.arange(0, n, block).add(block // 2).clamp(max=n - 1) for n in (h, w))
     centres = activation[:, rows][:, :, columns].flatten(1)  # [B, M]
     uncertain = (centres > low) & (centres < high)
-    draw = lambda n: torch.rand(n, centres.shape[1], generator=generator, device=generator.device)  # noqa: E731
-    order = own_share(draw, batch).to(activation.device)
+    draw = partial(_uniform, blocks=centres.shape[1], generator=generator)
+    order = rank_slice(draw, batch).to(activation.device)
     selection = config.selection if fraction >= config.random_until else "random"
     if selection == "edge":
         order = edge_strength(image, (h, w), block).flatten(1)
@@ -78,24 +88,9 @@ def mask_blocks(
     return chosen.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w].flatten(1)
 
 
-class Teacher(nn.Module):
-    """Exponential moving average of the student's parameters: never trained, always in evaluation mode."""
-
-    def __init__(self, student: nn.Module):
-        super().__init__()
-        self.module = copy.deepcopy(student).requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "Teacher":
-        return super().train(False)
-
-    @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float) -> None:
-        """teacher ← momentum · teacher + (1 − momentum) · student, for every parameter."""
-        get_ema_multi_avg_fn(momentum)(list(self.module.parameters()), list(student.parameters()), 0)
-
-
 class Centers(nn.Module):
-    """Running means of the teacher's outputs, one for class tokens and one for patches; subtracting them keeps the
+    """Running means of the teacher's outputs, one for class tokens and one for patches; subtracting them
+    keeps the
     teacher from answering the same for every input (DINO, Section 3.1)."""
 
     def __init__(self, outputs: int, momentum: float = 0.9):
@@ -106,7 +101,7 @@ class Centers(nn.Module):
 
     @torch.no_grad()
     def update(self, cls: Tensor, patches: Tensor) -> None:
-        """Move both centres to the batch means of `cls` [..., E] and `patches` [..., E], averaged over processes."""
+        """Move both centres to the means of `cls` [..., E] and `patches` [..., E] over all processes."""
         means = torch.stack([x.float().flatten(0, -2).mean(0) for x in (cls, patches)])  # [2, E]
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(means)
@@ -118,7 +113,8 @@ class Centers(nn.Module):
 def self_distillation(
     student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Cross-entropy from the teacher's centred, sharpened distribution to the student's, as in unc.FSR and cer.FSR.
+    """Cross-entropy from the teacher's centred, sharpened distribution to the student's, as in unc.FSR and
+    cer.FSR.
 
     Args:
         student, teacher: [M, E] projector outputs of M tokens; the teacher gets no gradient.
@@ -129,24 +125,20 @@ def self_distillation(
     """
     target = ((teacher.detach().float() - center) / teacher_temperature).softmax(-1)
     loss = -(target * (student.float() / student_temperature).log_softmax(-1)).sum(-1)
-    return over_processes(loss.sum(), torch.full((), len(loss), device=loss.device))
+    return global_ratio(loss.sum(), torch.full((), len(loss), device=loss.device))
 
 
-def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
-    """Projector in float32: cosines divided by a temperature of 0.04 do not survive bfloat16."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        return projector(tokens.float())
+class SelfReinforcement(Objective):
+    """unc.FSR and cer.FSR (FSR, Section 3).
 
-
-class SelfReinforcement(nn.Module):
-    """What FSR adds to a network while it is trained: projector, teacher and centres.
-
-    The projector is trained with the network (`projector.parameters()` belong to the optimiser); everything here is
-    part of `state_dict()`, so that training resumes exactly.
+    The projector is trained with the network; the teacher, an EMA of network and projector, and the centres
+    are part of `state_dict()`, so that a run resumes exactly. The teacher sees both views whole, the student
+    the second one masked. What is uncertain is read from the teacher's auxiliary CAM of view 2 at one scale:
+    it is there already.
     """
 
-    def __init__(self, network: Network, recipe: Recipe):
-        super().__init__()
+    def __init__(self, recipe: Recipe, network: Network):
+        super().__init__({"unc": recipe.losses.unc, "cer": recipe.losses.cer})
         self.config, shape = recipe.reinforce, recipe.contrast
         self.projector = ProjectionHead(
             network.backbone.width, shape.hidden, shape.bottleneck, self.config.outputs
@@ -154,42 +146,26 @@ class SelfReinforcement(nn.Module):
         self.teacher = Teacher(self._student(network))
         self.centers = Centers(self.config.outputs, self.config.center_momentum)
 
-    def _student(self, network: nn.Module) -> nn.ModuleDict:
+    def _student(self, network: Network) -> nn.ModuleDict:
         return nn.ModuleDict({"network": network, "projector": self.projector})
 
-    def forward(
-        self,
-        network: Callable[..., NetworkOutput],
-        view1: Tensor,
-        view2: Tensor,
-        label: Tensor,
-        *,
-        fraction: float,
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        """Both self-reinforcement losses of one batch; in training mode the centres move afterwards.
-
-        The teacher sees both views whole, the student the second one masked. What is uncertain is read from the
-        teacher's auxiliary CAM of view 2 at one scale: it is there already, the student's would need another pass.
-
-        Args:
-            network: the student.
-            view1, view2: [B, 3, S, S], 0..255, two views of the same images.
-            label: [B, C] of 0 and 1.
-            fraction: share of all steps done, 0..1.
-            generator: source of random masks.
+    def forward(self, step: TrainStep) -> dict[str, Tensor]:
+        """Both terms of one batch; in training mode the centres move afterwards.
 
         Returns:
-            "unc" (masked patches of view 2) and "cer" (class token of masked view 2 against the teacher's of view 1).
+            "unc" (masked patches of view 2) and "cer" (class token of masked view 2 against the teacher's of
+            view 1).
         """
-        teacher, batch = self.teacher.module, len(view1)
+        view1, view2, batch = step.batch.image, step.batch.view2, len(step.batch.image)
+        teacher = self.teacher.module
         with torch.no_grad():
             seen = teacher["network"](torch.cat([view1, view2]), segment=False)
             cls, patches = (_project(teacher["projector"], tokens) for tokens in (seen.cls, seen.patches))
-            activation = (normalise_cam(seen.aux_cam[batch:].relu()) * label[:, :, None, None]).amax(1)
-            mask = mask_blocks(activation, view2, self.config, fraction, generator)  # [B, N]
-        student, at = network(view2, segment=False, mask=mask), mask.nonzero(as_tuple=True)
-        temperatures = self.config.student_temperature, teacher_temperature(self.config, fraction)
+            cam = normalise_cam(seen.aux_cam[batch:].relu())  # [B, C, h, w]
+            activation = (cam * step.batch.label[:, :, None, None]).amax(1)  # [B, h, w]
+            mask = mask_blocks(activation, view2, self.config, step.fraction, step.generator)  # [B, N]
+        student, at = step.network(view2, segment=False, mask=mask), mask.nonzero(as_tuple=True)
+        temperatures = self.config.student_temperature, teacher_temperature(self.config, step.fraction)
         hidden, whole = (_project(self.projector, tokens) for tokens in (student.patches[at], student.cls))
         losses = {
             "unc": self_distillation(hidden, patches[batch:][at], self.centers.patches, *temperatures),
@@ -199,6 +175,16 @@ class SelfReinforcement(nn.Module):
             self.centers.update(cls, patches)
         return losses
 
-    def update(self, network: Network, fraction: float) -> None:
-        """Let the teacher follow the student; call once after every optimiser step."""
-        self.teacher.update(self._student(network), teacher_momentum(self.config, fraction))
+    def after_step(self, network: Network, fraction: float) -> None:
+        self.teacher.follow(self._student(network), teacher_momentum(self.config, fraction))
+
+
+def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
+    """Projector in float32: cosines divided by a temperature of 0.04 do not survive bfloat16."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        return projector(tokens.float())
+
+
+def _uniform(rows: int, blocks: int, generator: torch.Generator) -> Tensor:
+    """Uniform random numbers [rows, blocks] in 0..1."""
+    return torch.rand(rows, blocks, generator=generator, device=generator.device)

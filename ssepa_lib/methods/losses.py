@@ -4,15 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.device import over_processes, rank_and_world
-from ssepa_lib.labels.pseudo_labels import IGNORE, inside
+from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.device import global_ratio, rank_and_world
+from ssepa_lib.labels.pseudo_labels import inside
 from ssepa_lib.methods.bilateral import bilateral_filter
 
 ENERGY_WEIGHT, SIGMA_XY, SIGMA_RGB = 1e-7, 50.0, 15.0  # at half image size; colours in 0..255
 
 
 def classification_loss(scores: Tensor, label: Tensor) -> Tensor:
-    """Multi-label soft margin loss of scores [B, C] against labels [B, C] of 0 and 1 (ToCo, L_cls and L_m.cls)."""
+    """Multi-label soft margin loss of scores [B, C] against labels [B, C] of 0 and 1 (ToCo, L_cls)."""
     return F.multilabel_soft_margin_loss(scores.float(), label.float())
 
 
@@ -39,15 +40,16 @@ def patch_token_contrast(patches: Tensor, token_labels: Tensor) -> Tensor:
     positive, negative = same & counted, ~same & counted
     # the 1 in the denominator is the whole batch's, whatever share of it this process has
     one = 1 / rank_and_world()[1]
-    attract = 1 - over_processes((similarity * positive).sum(), positive.sum() + one)
-    return 0.5 * attract + 0.5 * over_processes((similarity * negative).sum(), negative.sum() + one)
+    attract = 1 - global_ratio((similarity * positive).sum(), positive.sum() + one)
+    return 0.5 * attract + 0.5 * global_ratio((similarity * negative).sum(), negative.sum() + one)
 
 
 def class_token_contrast(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float) -> Tensor:
     """InfoNCE between class tokens of global and local views (ToCo, equation 5).
 
-    With s_ij = exp(teacher_i · student_j / temperature) and Σneg_i over the negative views, each image contributes
-    Σ_i [Σ_positive j −log(s_ij / (s_ij + Σneg_i + 1e-4)) − log(1 / (1 + Σneg_i + 1e-4))] / 2(#positive + 1e-4).
+    With s_ij = exp(teacher_i · student_j / temperature) and Σneg_i over the negative views, each image
+    contributes Σ_i [Σ_positive j −log(s_ij / (s_ij + Σneg_i + 1e-4)) − log(1 / (1 + Σneg_i + 1e-4))] /
+    2(#positive + 1e-4).
 
     Args:
         student: [B, V, E], projected class tokens of all views.
@@ -77,19 +79,21 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
         target: long [B, H, W], 255 ignored.
 
     Returns:
-        A scalar; a side without pixels counts 0, so a crop without labels gives 0 (with a zero gradient), never NaN.
+        A scalar; a side without pixels counts 0, so a crop without labels gives 0 (with a zero gradient),
+        never NaN.
     """
     pixel = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
     background = target == 0
     foreground = ~background & (target != IGNORE)
-    return 0.5 * sum(over_processes((pixel * side).sum(), side.sum()) for side in (background, foreground))
+    return 0.5 * sum(global_ratio((pixel * side).sum(), side.sum()) for side in (background, foreground))
 
 
 def normalised_cut(tokens: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
-    """Normalised cut of soft two-way segmentations on the graph of tokens (Shi and Malik, 2000; Tang et al. 2018).
+    """Normalised cut of soft two-way segmentations on the graph of tokens (Shi and Malik, 2000; Tang et al.
+    2018).
 
-    An edge weighs max(0, cosine)² between tokens centred per image. Tokens on padding have none: the strongest cut
-    would be the one between image and padding.
+    An edge weighs max(0, cosine)² between tokens centred per image. Tokens on padding have none: the
+    strongest cut would be the one between image and padding.
 
     Args:
         tokens: [B, N, D].
@@ -127,11 +131,13 @@ class _DenseEnergy(torch.autograd.Function):
 def dense_energy(
     image: Tensor, logits: Tensor, target: Tensor, box: Tensor, *, exact: bool = False
 ) -> Tensor:
-    """Dense conditional-random-field energy of a soft segmentation ("rloss"; ToCo, L_reg), times 1e-7.
+    """Dense conditional-random-field energy of a soft segmentation, times 1e-7 (Tang et al., ECCV 2018; ToCo,
+    L_reg).
 
-    Everything runs at half size: image and masks by nearest, softmax probabilities S by bilinear resizing. With R the
-    crop box, G = max(R − max_k S, 0), or 1 where the target is 255, and W the bilateral kernel (σ 50 px, 15 grey
-    levels), the energy is −(1/B) Σ_k (S∘R)ᵀ[G ∘ W(S∘R)] and its gradient −2·(G ∘ W(S∘R))/B ∘ R.
+    Everything runs at half size: image and masks by nearest, softmax probabilities S by bilinear resizing.
+    With R the crop box, G = max(R − max_k S, 0), or 1 where the target is 255, and W the bilateral kernel (σ
+    50 px, 15 grey levels), the energy is −(1/B) Σ_k (S∘R)ᵀ[G ∘ W(S∘R)] and its gradient −2·(G ∘ W(S∘R))/B ∘
+    R.
 
     Args:
         image: [B, 3, H, W], RGB in 0..255.

@@ -1,21 +1,64 @@
 """Patch affinity from attention, and head-average attention fusion (SS-EPA, Sections 3.2 and 3.3).
 
-The N×N affinity is a linear operator on class activation maps. It is almost never built: `affinity @ cam` is ordinary
-attention with the map as its values, which fused attention computes in O(N) memory.
+The N×N affinity is a linear operator on class activation maps. It is almost never built: `affinity @ cam` is
+ordinary attention with the map as its values, which fused attention computes in O(N) memory.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssepa_lib.errors import UserError
+
+
+@dataclass
+class Attention:
+    """Queries and keys of all layers, as they enter the attention. P prefix tokens, N = h·w patches."""
+
+    queries: list[Tensor]  # per layer [B, H, P+N, d]
+    keys: list[Tensor]
+    num_prefix_tokens: int  # P
+    grid: tuple[int, int]  # h, w
+
+    @property
+    def depth(self) -> int:
+        """Number of layers K."""
+        return len(self.queries)
+
+    @property
+    def heads(self) -> int:
+        """Number of heads H of a layer."""
+        return self.queries[0].shape[1]
+
+    @property
+    def patches(self) -> int:
+        """Number of patches N."""
+        return self.queries[0].shape[2] - self.num_prefix_tokens
+
+    def __getitem__(self, images: slice) -> "Attention":
+        """The attention of some images of the batch."""
+        queries = [layer[images] for layer in self.queries]
+        keys = [layer[images] for layer in self.keys]
+        return Attention(queries, keys, self.num_prefix_tokens, self.grid)
+
+    def layer_map(self, layer: int, rows: slice = slice(None), *, probabilities: bool = True) -> Tensor:
+        """All heads of one layer, [B, H, rows, P+N], float32: softmax(QKᵀ/√d), or QKᵀ/√d itself."""
+        queries, keys = self.queries[layer][:, :, rows].float(), self.keys[layer].float()
+        with torch.autocast(queries.device.type, enabled=False):
+            logits = queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5  # [B, H, rows, P+N]
+        return logits.softmax(-1) if probabilities else logits
+
 
 class HAAF(nn.Module):
-    """Head-average attention fusion: an MLP from one pooled number per layer to one weight per layer (SS-EPA, Eq. 6).
+    """Head-average attention fusion: an MLP from one pooled number per layer to one weight per layer (SS-EPA,
+    Eq. 6).
 
-    The output is K·softmax: non-negative, mean 1, and all ones before training, so that an untrained HAAF is plain
-    patch affinity. The descriptor is about 1/N at any depth, so it enters as its logarithm, centred over layers.
+    The output is K·softmax: non-negative, mean 1, and all ones before training, so that an untrained HAAF is
+    plain patch affinity. The descriptor is about 1/N at any depth, so it enters as its logarithm, centred
+    over layers.
 
     Shape:
         descriptor [B, K] → weights [B, K].
@@ -34,113 +77,128 @@ class HAAF(nn.Module):
             return descriptor.shape[1] * self.mlp(x).softmax(1)
 
 
-class PatchAffinity:
-    """Patch affinity A = (1/K) Σ_k w_k · mean_h A_kh without the prefix tokens' rows and columns (SS-EPA, Eq. 5 to 7).
+class LayerWeights(nn.Module):
+    """Stands in for HAAF with weights fixed by hand, [K], the same for every image."""
 
-    A_kh is the attention map of layer k and head h: `softmax(QKᵀ/√d)`, or QKᵀ/√d itself with `source="logits"`.
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.register_buffer("weights", torch.as_tensor(weights, dtype=torch.float32))
+
+    def forward(self, descriptor: Tensor) -> Tensor:
+        """The weights for every image of a descriptor [B, K]: [B, K].
+
+        Raises:
+            UserError: there are not as many weights as layers.
+        """
+        if len(self.weights) != descriptor.shape[1]:
+            raise UserError(
+                f"{len(self.weights)} layer weights were given for {descriptor.shape[1]} layers of the backbone; "
+                "give one weight per layer."
+            )
+        return self.weights.to(descriptor.device).expand_as(descriptor)
+
+
+class PatchAffinity:
+    """Patch affinity A = (1/K) Σ_k w_k · mean_h A_kh without the prefix tokens' rows and columns (SS-EPA, Eq.
+    5 to 7).
+
+    A_kh is the attention map of layer k and head h.
 
     Args:
-        queries, keys: per layer [B, H, P+N, d].
-        prefix: number P of prefix tokens.
+        attention: captured queries and keys.
         weigh: maps the pooled descriptor [B, K] to layer weights [B, K] (HAAF); None weighs all layers alike.
-        source: "softmax" or "logits".
-        strategy: "haaf_fused" never builds a map; "haaf_dense" stacks head means [B, K, P+N, P+N]; "all_heads" stacks
-            every head [B, K, H, P+N, P+N]. The numbers are the same, the memory is not.
+        kind: "probabilities" (softmax(QKᵀ/√d)) or "logits" (QKᵀ/√d).
+        strategy: "matrix_free" never builds a map; "stack_layers" stacks the head means [B, K, P+N, P+N];
+            "stack_heads" stacks every head [B, K, H, P+N, P+N]. The numbers are the same, the memory is not.
         descriptor: "full" pools the (P+N)² map, "patch" the patch-to-patch block.
-        steps: how often the map is multiplied.
+        iterations: how often the map is multiplied.
     """
 
     def __init__(
         self,
-        queries: list[Tensor],
-        keys: list[Tensor],
-        prefix: int,
+        attention: Attention,
         *,
         weigh: Callable[[Tensor], Tensor] | None = None,
-        source: str = "softmax",
-        strategy: str = "haaf_fused",
+        kind: str = "probabilities",
+        strategy: str = "matrix_free",
         descriptor: str = "patch",
-        steps: int = 1,
+        iterations: int = 1,
     ):
-        self.queries, self.keys, self.prefix = queries, keys, prefix
-        self.weigh, self.source, self.strategy, self.pooling, self.steps = (
-            weigh,
-            source,
-            strategy,
-            descriptor,
-            steps,
-        )
-        self.scale = queries[0].shape[-1] ** -0.5
-        self.patches = queries[0].shape[2] - prefix
+        self.attention, self.weigh, self.iterations = attention, weigh, iterations
+        self.probabilities = kind == "probabilities"
+        self.strategy = strategy
+        self.first = attention.num_prefix_tokens
+        self.pooled_from = (
+            self.first if descriptor == "patch" else 0
+        )  # first row and column that the pool sees
         self._weights: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.queries)
+        return self.attention.depth
 
-    def _map(self, layer: int, rows: slice = slice(None)) -> Tensor:
-        """Attention map of one layer, [B, H, rows, P+N], float32."""
-        q, k = self.queries[layer][:, :, rows].float(), self.keys[layer].float()
-        with torch.autocast(q.device.type, enabled=False):
-            logits = q @ k.transpose(-2, -1) * self.scale
-        return logits.softmax(-1) if self.source == "softmax" else logits
-
-    def layer_map(self, layer: int) -> Tensor:
-        """All heads of one layer with prefix tokens, [B, H, P+N, P+N], for viewing and analysis."""
-        return self._map(layer)
+    def layer_map(self, layer: int, rows: slice = slice(None)) -> Tensor:
+        """All heads of one layer with prefix tokens, [B, H, rows, P+N], for viewing and analysis."""
+        return self.attention.layer_map(layer, rows, probabilities=self.probabilities)
 
     def _pool(self, maps: Tensor) -> Tensor:
         """Global average pool of head-mean maps [..., P+N, P+N] → [...]."""
-        p = self.prefix if self.pooling == "patch" else 0
-        return maps[..., p:, p:].mean((-2, -1))
+        return maps[..., self.pooled_from :, self.pooled_from :].mean((-2, -1))
 
     def _columns(self, values: Tensor) -> list[tuple[Tensor, int]]:
-        """Values [B, P+N, V] in pieces as wide as the keys, which fused kernels want: [B, H, P+N, d], filled up with
-        0, and how many of the d count."""
-        q = self.queries[0]
-        heads, d = q.shape[1], q.shape[-1]
-        pieces = [(F.pad(c, (0, d - c.shape[-1])), c.shape[-1]) for c in values.to(q.dtype).split(d, -1)]
+        """Values [B, P+N, V] in pieces as wide as the keys, which fused kernels want.
+
+        Returns:
+            Per piece: values [B, H, P+N, d], filled up with zeros, and how many of the d columns count.
+        """
+        queries = self.attention.queries[0]
+        heads, d = queries.shape[1], queries.shape[-1]
+        pieces = [
+            (F.pad(c, (0, d - c.shape[-1])), c.shape[-1]) for c in values.to(queries.dtype).split(d, -1)
+        ]
         return [(c.unsqueeze(1).expand(-1, heads, -1, -1), width) for c, width in pieces]
 
     def _attend(self, layer: int, columns: list[tuple[Tensor, int]]) -> Tensor:
         """Head mean of one layer's attention applied to `_columns(values)`, [B, P+N, V], without the map."""
-        q, k = self.queries[layer], self.keys[layer]
+        q, k = self.attention.queries[layer], self.attention.keys[layer]
         mixed = [F.scaled_dot_product_attention(q, k, c)[..., :width] for c, width in columns]
         return torch.cat([m.float().mean(1) for m in mixed], -1)
 
     def _project(self, layer: int, values: Tensor) -> Tensor:
         """Head mean of one layer's logits applied to values on all tokens, [B, P+N, V] → [B, P+N, V]."""
-        q, k = self.queries[layer].float(), self.keys[layer].float()
+        q, k = self.attention.queries[layer].float(), self.attention.keys[layer].float()
         with torch.autocast(q.device.type, enabled=False):  # sums that cancel do not survive bfloat16
-            return (q @ (k.transpose(-2, -1) @ values.float().unsqueeze(1))).mean(1) * self.scale
+            mixed = q @ (k.transpose(-2, -1) @ values.float().unsqueeze(1))  # [B, H, P+N, V]
+            return mixed.mean(1) * q.shape[-1] ** -0.5
 
     def propagate(self, cam: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-layer products [B, K, N, C] and, from one more value column, the descriptor [B, K]."""
-        values = torch.cat([cam, cam.new_ones(*cam.shape[:2], 1)], -1)
-        skip = values.new_zeros(len(cam), self.prefix, values.shape[-1])
-        if self.pooling == "full":
+        """Per-layer products [B, K, N, C] of a map [B, N, C] and, from one more column, the descriptor."""
+        values = torch.cat([cam, cam.new_ones(*cam.shape[:2], 1)], -1)  # [B, N, C+1]
+        skip = values.new_zeros(len(cam), self.first, values.shape[-1])
+        if self.pooled_from == 0:
             skip[..., -1] = 1
         values = torch.cat([skip, values], 1)  # [B, P+N, C+1]
-        products, descriptor = [], []
-        if self.source == "softmax":
+        if self.probabilities:
             apply, prepared = self._attend, self._columns(values)
         else:
             apply, prepared = self._project, values
-        first = self.prefix if self.pooling == "patch" else 0
+        pooled = values.shape[1] - self.pooled_from
+        products, descriptor = [], []
         for layer in range(len(self)):
-            out = apply(layer, prepared)
-            products.append(out[:, self.prefix :, :-1])
-            descriptor.append(out[:, first:, -1].mean(1) / (values.shape[1] - first))
+            out = apply(layer, prepared)  # [B, P+N, C+1]
+            products.append(out[:, self.first :, :-1])
+            descriptor.append(out[:, self.pooled_from :, -1].mean(1) / pooled)
         return torch.stack(products, 1), torch.stack(descriptor, 1)
 
     def _stack(self) -> Tensor:
         """Head-mean maps of all layers, [B, K, P+N, P+N]."""
         stack = None
         for layer in range(len(self)):
-            maps = self._map(layer) if self.strategy == "all_heads" else self._map(layer).mean(1)
+            maps = self.layer_map(layer)  # [B, H, P+N, P+N]
+            maps = maps if self.strategy == "stack_heads" else maps.mean(1)
             if stack is None:  # filled in place: the stack exists once
                 stack = maps.new_empty(len(maps), len(self), *maps.shape[1:])
             stack[:, layer] = maps
-        return stack.mean(2) if self.strategy == "all_heads" else stack
+        return stack.mean(2) if self.strategy == "stack_heads" else stack
 
     def _resolve(self, descriptor: Tensor) -> Tensor:
         """Layer weights [B, K], computed once."""
@@ -149,10 +207,11 @@ class PatchAffinity:
         return self._weights
 
     def descriptor(self) -> Tensor:
-        """Pooled affinity per layer, [B, K]; what HAAF's MLP sees."""
-        if self.strategy == "haaf_fused":
-            batch = self.queries[0].shape[0]
-            return self.propagate(self.queries[0].new_zeros(batch, self.patches, 0, dtype=torch.float32))[1]
+        """Pooled affinity per layer, [B, K]: what HAAF's MLP sees."""
+        if self.strategy == "matrix_free":
+            queries = self.attention.queries[0]
+            nothing = queries.new_zeros(len(queries), self.attention.patches, 0, dtype=torch.float32)
+            return self.propagate(nothing)[1]
         return self._pool(self._stack())
 
     @property
@@ -165,32 +224,57 @@ class PatchAffinity:
         return self.propagate(cam)[0]
 
     def __matmul__(self, cam: Tensor) -> Tensor:
-        """Refined map, [B, N, C] → [B, N, C], propagated `steps` times."""
-        if self.strategy != "haaf_fused":
+        """Propagated map, [B, N, C] → [B, N, C], multiplied `iterations` times."""
+        if self.strategy != "matrix_free":
             with torch.autocast(cam.device.type, enabled=False):
-                dense = self.dense()
-                for _ in range(self.steps):
+                dense = self._matrix()
+                for _ in range(self.iterations):
                     cam = dense @ cam.float()
             return cam
-        for _ in range(self.steps):
+        for _ in range(self.iterations):
             products, descriptor = self.propagate(cam)
             cam = (self._resolve(descriptor)[:, :, None, None] * products).mean(1)
         return cam
 
-    def dense(self) -> Tensor:
-        """The affinity of one step as a matrix, [B, N, N]: row i says from where patch i receives."""
-        p = self.prefix
-        if self.strategy == "haaf_fused":  # one layer at a time: for viewing, within O(N²)
+    def _matrix(self) -> Tensor:
+        p = self.first
+        if self.strategy == "matrix_free":  # one layer at a time: for viewing, within O(N²)
             weights = self.weights
-            maps = (weights[:, k, None, None] * self._map(k).mean(1)[:, p:, p:] for k in range(len(self)))
+            maps = (
+                weights[:, k, None, None] * self.layer_map(k).mean(1)[:, p:, p:] for k in range(len(self))
+            )
             return sum(maps) / len(self)
         maps = self._stack()
         weights = self._resolve(self._pool(maps))
         return torch.einsum("bk,bkij->bij", weights, maps)[:, p:, p:] / len(self)
 
-    def row(self, patch: int) -> Tensor:
-        """One row of `dense()`, [B, N], in O(N)."""
-        at = slice(self.prefix + patch, self.prefix + patch + 1)
+    def dense(self) -> Tensor:
+        """The affinity of one iteration, [B, N, N], without gradient: from where each patch (row) receives."""
+        return self._matrix().detach()
+
+    def row(self, patch: int, layer: int | None = None, head: int | None = None) -> Tensor:
+        """From where one patch receives: a row of `dense()`, [B, N], in O(N) memory, without gradient.
+
+        Args:
+            patch: index of the receiving patch, 0..N-1, row by row.
+            layer: one layer's attention, 0..K-1, unweighted; None: the weighted mean over the layers.
+            head: one head of that layer, 0..H-1; None: the mean over the heads.
+
+        Raises:
+            UserError: an index out of range, or a head without a layer.
+        """
+        sizes = {"patch": self.attention.patches, "layer": len(self), "head": self.attention.heads}
+        for name, value in {"patch": patch, "layer": layer, "head": head}.items():
+            if value is not None and not 0 <= value < sizes[name]:
+                raise UserError(f"{name} {value} does not exist; choose 0..{sizes[name] - 1}.")
+        if head is not None and layer is None:
+            raise UserError(f"head {head} belongs to a layer; name the layer as well.")
+        at = slice(self.first + patch, self.first + patch + 1)
+        if layer is not None:
+            heads = self.layer_map(layer, at)[:, :, 0, self.first :]  # [B, H, N]
+            return (heads.mean(1) if head is None else heads[:, head]).detach()
         weights = self.weights
-        rows = [weights[:, k, None] * self._map(k, at).mean(1)[:, 0, self.prefix :] for k in range(len(self))]
-        return sum(rows) / len(self)
+        rows = [
+            weights[:, k, None] * self.layer_map(k, at).mean(1)[:, 0, self.first :] for k in range(len(self))
+        ]
+        return (sum(rows) / len(self)).detach()

@@ -1,49 +1,46 @@
-"""A plain vision transformer from timm: images of any size in, patch tokens out, queries and keys on request."""
+"""A plain vision transformer from timm: images of any size in, tokens out, queries and keys on request."""
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.paths import PACKAGE, weights_root
+from ssepa_lib.model.affinity import Attention
+from ssepa_lib.model.weights import create_vit
+from ssepa_lib.private_api import call_uncompiled, embed_positions, embeds_positions, is_compiled
 from ssepa_lib.recipe import ModelConfig
 
 SHORT = 128  # tokens; above, the gain in time is small and the memory twice as much
-MICRO_WEIGHTS = PACKAGE / "weights" / "vit_micro_shapes.safetensors"
 
 
 @dataclass
 class BackboneOutput:
-    """Tokens of one forward pass. B images, P prefix tokens (class token, registers), N = h·w patches, width D."""
+    """Tokens of one forward pass. B images, N = h·w patches, width D."""
 
     patches: Tensor  # [B, N, D] last block, after the final norm
     aux: Tensor  # [B, N, D] raw output of the auxiliary block
     cls: Tensor | None  # [B, D] class token after the final norm; None without prefix tokens
     grid: tuple[int, int]  # h, w
-    prefix: int  # P
-    queries: list[Tensor]  # per layer [B, H, P+N, d], as they enter the attention; empty unless captured
-    keys: list[Tensor]
+    attention: Attention | None  # queries and keys of every layer; None unless captured
 
 
-class _Attention(TorchFunctionMode):
+class _AttentionTap(TorchFunctionMode):
     """Stands between a block and its fused attention, however timm names its modules.
 
-    Records queries and keys where asked, and lets training on a processor attend in float32 where the sequence is
-    short: there the backward pass of the bfloat16 kernel is up to ten times slower.
+    It records queries and keys where asked, and lets training on a CPU attend in float32 where the sequence
+    is short: there the backward pass of the bfloat16 kernel is up to ten times slower.
     """
 
     def __init__(self, capture: bool) -> None:
         super().__init__()
-        self.capture, self.queries, self.keys = capture, [], []
+        self.capture = capture
+        self.queries: list[Tensor] = []
+        self.keys: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.scaled_dot_product_attention:
@@ -60,20 +57,20 @@ class _Attention(TorchFunctionMode):
     def run(self, block: nn.Module, x: Tensor, **extra: Tensor) -> Tensor:
         """One block, past a compiled call, which would hide the attention."""
         with self:
-            return block._call_impl(x, **extra)
+            return call_uncompiled(block, x, **extra)
 
 
 class Backbone(nn.Module):
     """timm vision transformer with prefix tokens, any patch size, square or rectangular input.
 
-    `forward` takes images in 0..255 and normalises them itself. Sides that are no multiple of the patch are resized
-    to the nearest one.
+    `forward` takes images in 0..255 and normalises them itself. Sides that are no multiple of the patch are
+    resized to the nearest one.
     """
 
     def __init__(self, config: ModelConfig, *, checkpointing: bool = False):
         super().__init__()
-        self.vit = _create_vit(config)
-        if not hasattr(self.vit, "blocks") or not hasattr(self.vit, "_pos_embed"):
+        self.vit = create_vit(config)
+        if not embeds_positions(self.vit):
             raise UserError(
                 f"model.backbone '{config.backbone}' is not a plain vision transformer; choose a timm ViT."
             )
@@ -88,7 +85,7 @@ class Backbone(nn.Module):
         self.aux_block = config.aux_block % self.depth
         self.patch_size: tuple[int, int] = self.vit.patch_embed.patch_size
         self.drop_prefix = config.aggregator != "class_token" and not config.keep_class_token
-        self.prefix = 0 if self.drop_prefix else self.vit.num_prefix_tokens
+        self.num_prefix_tokens = 0 if self.drop_prefix else self.vit.num_prefix_tokens
         self.checkpointing = checkpointing
         cfg = self.vit.pretrained_cfg
         self.register_buffer(
@@ -110,7 +107,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: the image is smaller than a patch.
         """
-        (ph, pw) = self.patch_size
+        ph, pw = self.patch_size
         if height < ph or width < pw:
             raise UserError(
                 f"an image of {height}×{width} pixels is smaller than a {ph}×{pw} patch; use a larger one."
@@ -127,8 +124,7 @@ class Backbone(nn.Module):
         x = self.vit.patch_embed(x).reshape(len(x), h, w, -1)  # [B, h, w, D]
         if mask is not None:
             x = torch.where(mask.view(-1, h, w, 1), self.mask_token.to(x.dtype), x)
-        embedded = self.vit._pos_embed(x)
-        x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+        x, rope = embed_positions(self.vit, x)
         if self.drop_prefix:
             if rope is not None:
                 raise UserError(
@@ -144,95 +140,33 @@ class Backbone(nn.Module):
         Args:
             image: [B, 3, H, W], 0..255, uint8 or float.
             capture: keep the queries and keys of every layer (detached).
-            mask: bool [B, N]; these patch embeddings are replaced by the mask token before positions are added (FSR).
+            mask: bool [B, N]; these patch embeddings are replaced by the mask token before positions are
+                added (FSR).
         """
         x, rope, grid = self._embed(image, mask)
         extra = {} if rope is None else {"rope": rope}
-        attention = _Attention(capture)
+        tap = _AttentionTap(capture)
         for index, block in enumerate(self.vit.blocks):
-            compiled = block._compiled_call_impl is not None
-            call = partial(attention.run, block) if capture or not (compiled or x.is_cuda) else block
+            tapped = capture or not (is_compiled(block) or x.is_cuda)
+            call = partial(tap.run, block) if tapped else block
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(call, x, use_reentrant=False, **extra)
+                x = checkpoint(call, x, use_reentrant=False, **extra)  # [B, P+N, D]
             else:
                 x = call(x, **extra)
             if index == self.aux_block:
                 aux = x
-        attention.capture = False  # a recomputed block must not record again
-        if capture and len(attention.queries) != self.depth:
+        tap.capture = False  # a recomputed block must not record again
+        if capture and len(tap.queries) != self.depth:
             raise UserError(
                 "the backbone does not use fused attention, so its affinity cannot be read; "
                 "unset TIMM_FUSED_ATTN=0 or choose a plain vision transformer."
             )
         x = self.vit.fc_norm(self.vit.norm(x))
+        first = self.num_prefix_tokens
         return BackboneOutput(
-            patches=x[:, self.prefix :],
-            aux=aux[:, self.prefix :],
-            cls=x[:, 0] if self.prefix else None,
+            patches=x[:, first:],
+            aux=aux[:, first:],
+            cls=x[:, 0] if first else None,
             grid=grid,
-            prefix=self.prefix,
-            queries=attention.queries,
-            keys=attention.keys,
-        )
-
-
-def weights_path(config: ModelConfig) -> Path | None:
-    """Weight file a recipe asks for; None for random weights or timm's own download."""
-    if config.weights == "micro":
-        return MICRO_WEIGHTS
-    if config.weights and config.weights != "none":
-        return Path(config.weights)
-    local = weights_root() / f"{config.backbone}.safetensors"
-    return local if not config.weights and local.is_file() else None
-
-
-def _create_vit(config: ModelConfig) -> nn.Module:
-    path = weights_path(config)
-    if path is not None and not path.is_file():
-        raise UserError(f"weight file {path} does not exist; correct model.weights or leave it empty.")
-    options = dict(
-        config.backbone_args, num_classes=0, drop_path_rate=config.drop_path, dynamic_img_size=True
-    )
-    download = path is None and config.weights != "none"
-    try:
-        vit = timm.create_model(config.backbone, pretrained=download, **options)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
-            "model.backbone_args."
-        ) from error
-    except OSError as error:  # what a hub download raises without a network
-        raise UserError(
-            f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
-            f"into {weights_root()} or set model.weights."
-        ) from error
-    if path is not None:
-        _load_weights(vit, path, config.backbone)
-    return vit
-
-
-def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
-    """Load a timm checkpoint, resampling its position embedding to the model's native grid."""
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(
-            f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
-        ) from error
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    try:
-        state = checkpoint_filter_fn({k: v.float() for k, v in state.items()}, vit)
-        missing, unexpected = vit.load_state_dict(state, strict=False)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"weight file {path} does not fit the backbone '{name}': "
-            f"{str(error).splitlines()[-1].strip()}; correct model.backbone, model.backbone_args or "
-            "model.weights."
-        ) from error
-    wrong = missing + [key for key in unexpected if not key.startswith(("head", "pre_logits", "fc_norm"))]
-    if wrong:
-        raise UserError(
-            f"weight file {path} does not fit the backbone '{name}' ({len(wrong)} tensors differ, first "
-            f"{wrong[0]}); correct model.backbone, model.backbone_args or model.weights."
+            attention=Attention(tap.queries, tap.keys, first, grid) if capture else None,
         )

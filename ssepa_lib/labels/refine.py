@@ -1,0 +1,45 @@
+"""How a class activation map is refined by the affinity between patches (SS-EPA, Equations 5 to 7)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ssepa_lib.model.affinity import Attention, PatchAffinity
+from ssepa_lib.model.network import Network, as_maps
+from ssepa_lib.recipe import AffinityConfig
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """Affinity × map. A refiner is a plain value: one network can be read through several of them.
+
+    Args:
+        config: which attention, how many iterations, where it is applied.
+        haaf: maps the descriptor [B, K] to layer weights [B, K] (`HAAF`, `LayerWeights`); None: all layers
+            alike.
+    """
+
+    config: AffinityConfig
+    haaf: Callable[[Tensor], Tensor] | None = None
+
+    def affinity(self, attention: Attention) -> PatchAffinity:
+        """The affinity between the patches of some images."""
+        c = self.config
+        return PatchAffinity(
+            attention,
+            weigh=self.haaf,
+            kind=c.attention,
+            strategy=c.strategy,
+            descriptor=c.descriptor,
+            iterations=c.iterations,
+        )
+
+    def __call__(self, attention: Attention, maps: Tensor) -> Tensor:
+        """Propagate maps over the patches, [B, X, h, w] → [B, X, h, w]."""
+        return as_maps(self.affinity(attention) @ maps.flatten(2).transpose(1, 2), attention.grid)
+
+
+def build_refiner(config: AffinityConfig, network: Network) -> Refiner | None:
+    """The refiner of a recipe for its network; None for a recipe without affinity."""
+    return None if config.kind == "none" else Refiner(config, network.haaf)

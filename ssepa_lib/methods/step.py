@@ -1,0 +1,109 @@
+"""One training step on one page: forward → class activation maps → labels; the objectives turn them into
+terms.
+
+Forward passes of one step, for B images of side S, local crops of side s, and CAM scales 1, 0.5 and 1.5 with
+flip:
+
+| pass | images | side | gradient | in |
+|---|---|---|---|---|
+| training crop; also the CAM at scale 1 | B | S | yes | every method |
+| CAM, flip at scale 1 | B | S | no | every method |
+| CAM, scale 0.5 with flip | 2B | S/2 | no | every method |
+| CAM, scale 1.5 with flip | 2B | 1.5·S | no | every method |
+| second global view | B | S | yes | class token contrast (ToCo, SS-EPA) |
+| eight local crops | 8B | s | yes | class token contrast (ToCo, SS-EPA) |
+| teacher, both views | 2B | S | no | FSR |
+| masked second view | B | S | yes | FSR |
+| CAM, image itself in evaluation mode | B | S | no | FSR, whose drop path changes the training pass |
+| flipped copy of the crop | B | 1.4·S | no | HAAF's objective "equivariance" |
+
+The decoder runs on the training crop alone, from `losses.segmentation_start` on. The patch affinity adds no
+forward
+pass: it reads the attention of the passes above.
+"""
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.data.views import Batch
+from ssepa_lib.labels.cam import Cams, multi_scale_cam
+from ssepa_lib.labels.pseudo_labels import PseudoLabeler, inside
+from ssepa_lib.labels.refine import Refiner, build_refiner
+from ssepa_lib.model.network import Network, NetworkOutput, evaluating
+from ssepa_lib.randomness import generator
+from ssepa_lib.recipe import Recipe
+
+
+@dataclass
+class TrainStep:
+    """Everything that the objectives of one step read. B images, C classes, N patches."""
+
+    network: Network
+    recipe: Recipe
+    batch: Batch
+    index: int  # counted from 0
+    segmenting: bool  # whether the terms that need pseudo-labels count yet (λ1 and λ5 in SS-EPA, Eq. 8)
+    generator: torch.Generator  # for crops and masks; on the CPU, so that every device draws the same
+    labeler: PseudoLabeler
+    refiner: Refiner | None  # None before segmentation starts, and in a recipe without affinity
+    output: NetworkOutput  # of the training crop
+    cams: Cams | None  # None unless an objective needs them, likewise below
+    token_label: Tensor | None  # [B, N] long, from the auxiliary CAM; 255 unknown
+    pseudo_label: Tensor | None  # [B, S, S] long, from the (refined) CAM after PAR; 255 unknown
+
+    @property
+    def fraction(self) -> float:
+        """How much of the run is done, 0..1."""
+        return self.index / self.recipe.train.steps
+
+    @property
+    def valid_tokens(self) -> Tensor:
+        """[B, N], 1 where a patch lies mostly on the image, 0 on padding."""
+        area = inside(self.batch.box, self.batch.image.shape[-2:])[:, None].float()  # [B, 1, S, S]
+        return (F.adaptive_avg_pool2d(area, self.output.grid) > 0.5).flatten(1).float()
+
+
+def take_step(
+    network: Network, recipe: Recipe, batch: Batch, index: int, labeler: PseudoLabeler, needs: Set[str]
+) -> TrainStep:
+    """Run the network on a batch and derive what the objectives need.
+
+    Args:
+        index: the training step, from 0.
+        needs: out of "cams", "token_label" and "pseudo_label"; labels imply the maps they are made from.
+    """
+    image, label = batch.image, batch.label
+    segmenting = index >= recipe.segmentation_step
+    refiner = build_refiner(recipe.affinity, network) if segmenting else None
+    output = network(image, segment=segmenting, capture=refiner is not None)
+    step = TrainStep(
+        network=network,
+        recipe=recipe,
+        batch=batch,
+        index=index,
+        segmenting=segmenting,
+        generator=generator("crops", recipe.train.seed, index),
+        labeler=labeler,
+        refiner=refiner,
+        output=output,
+        cams=None,
+        token_label=None,
+        pseudo_label=None,
+    )
+    if needs:
+        stochastic = recipe.model.drop_path > 0  # then the training pass is not the inference pass
+        first = None if stochastic else output
+        with evaluating(network):
+            step.cams = multi_scale_cam(network, image, label, recipe.cam, refiner, first=first)
+    if "token_label" in needs:
+        step.token_label = labeler.token_labels(step.cams.auxiliary, output.grid)
+        if recipe.losses.ptc_padding == "ignore":
+            step.token_label = step.token_label.masked_fill(step.valid_tokens == 0, IGNORE)
+    if "pseudo_label" in needs:
+        step.pseudo_label = labeler.training_labels(image, step.cams.for_labels, label, batch.box)
+    return step

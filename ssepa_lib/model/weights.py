@@ -1,0 +1,80 @@
+"""Pre-trained weights: found on disk or downloaded by timm, and resampled to the model's own grid."""
+
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from ssepa_lib.errors import UserError
+from ssepa_lib.paths import PACKAGE, weights_root
+from ssepa_lib.recipe import ModelConfig
+
+MICRO_WEIGHTS = PACKAGE / "weights" / "vit_micro_shapes.safetensors"
+
+
+def weights_path(config: ModelConfig) -> Path | None:
+    """Weight file a recipe asks for; None for random weights or timm's own download."""
+    if config.weights == "micro":
+        return MICRO_WEIGHTS
+    if config.weights and config.weights != "none":
+        return Path(config.weights)
+    local = weights_root() / f"{config.backbone}.safetensors"
+    return local if not config.weights and local.is_file() else None
+
+
+def create_vit(config: ModelConfig) -> nn.Module:
+    """The timm model of a recipe with its pre-trained weights.
+
+    Raises:
+        UserError: an unknown backbone, a missing or unfitting weight file, or no network to download from.
+    """
+    path = weights_path(config)
+    if path is not None and not path.is_file():
+        raise UserError(f"weight file {path} does not exist; correct model.weights or leave it empty.")
+    options = dict(
+        config.backbone_args, num_classes=0, drop_path_rate=config.drop_path, dynamic_img_size=True
+    )
+    download = path is None and config.weights != "none"
+    try:
+        vit = timm.create_model(config.backbone, pretrained=download, **options)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
+            "model.backbone_args."
+        ) from error
+    except OSError as error:  # what a hub download raises without a network
+        raise UserError(
+            f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
+            f"into {weights_root()} or set model.weights."
+        ) from error
+    if path is not None:
+        _load_weights(vit, path, config.backbone)
+    return vit
+
+
+def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
+    """Load a timm checkpoint, resampling its position embedding to the model's native grid."""
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
+        ) from error
+    try:
+        state = checkpoint_filter_fn({k: v.float() for k, v in state.items()}, vit)
+        missing, unexpected = vit.load_state_dict(state, strict=False)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"weight file {path} does not fit the backbone '{name}': "
+            f"{str(error).splitlines()[-1].strip()}; correct model.backbone, model.backbone_args or "
+            "model.weights."
+        ) from error
+    wrong = missing + [key for key in unexpected if not key.startswith(("head", "pre_logits", "fc_norm"))]
+    if wrong:
+        raise UserError(
+            f"weight file {path} does not fit the backbone '{name}' ({len(wrong)} tensors differ, first "
+            f"{wrong[0]}); correct model.backbone, model.backbone_args or model.weights."
+        )
