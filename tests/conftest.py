@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssepa_lib.recipe import Recipe, load_recipe
+from ssepa_lib.compose import load_recipe
+from ssepa_lib.recipe import Recipe
 
 TINY = {
     "model.backbone": "vit_tiny_patch16_224",

@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ssepa_lib.cli import _pairs, main
-from ssepa_lib.recipe import load_recipe, save_recipe
+from ssepa_lib.compose import load_recipe, save_recipe
 
 
 @pytest.fixture

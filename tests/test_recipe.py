@@ -2,7 +2,7 @@ import pytest
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import RECIPES
-from ssepa_lib.recipe import load_recipe, save_recipe
+from ssepa_lib.compose import load_recipe, save_recipe
 
 NAMES = [
     f"{data.stem}/{method.stem}"
@@ -23,7 +23,7 @@ def test_every_recipe_file_opens_with_a_comment(file):
 
 def test_published_schedule():
     recipe = load_recipe("voc/ssepa")
-    assert (recipe.train.steps, recipe.warmup_steps, recipe.switch_step, recipe.data.batch) == (
+    assert (recipe.train.steps, recipe.warmup_steps, recipe.segmentation_step, recipe.data.batch) == (
         20000,
         1500,
         2000,
@@ -40,8 +40,8 @@ def test_published_schedule():
         ({"train.stepz": 1}, "stepz"),
         ({"train.steps": "many"}, "steps"),
         ({"train.steps": 0}, "train.steps"),
-        ({"affinity.source": "keys"}, "affinity.source"),
-        ({"affinity.kind": "none", "affinity.supervision": "cls"}, "only haaf learns"),
+        ({"affinity.attention": "keys"}, "affinity.attention"),
+        ({"affinity.kind": "none", "affinity.haaf_objective": "cls"}, "only haaf learns"),
         ({"cam.low": 0.9}, "cam.low"),
         ({"data.scale": [2.0, 0.5]}, "data.scale"),
         ({"data.train_images": -1}, "data.train_images"),
@@ -130,7 +130,7 @@ def test_hash_ignores_what_leaves_the_weights_alone():
         {"train.checkpointing": True},
         {"train.device": "cpu"},
         {"cam.background": 0.4},
-        {"affinity.strategy": "all_heads"},
+        {"affinity.strategy": "stack_heads"},
     ):
         assert load_recipe("voc/ssepa", same).hash() == plain, same
     for other in ({"train.precision": "bf16"}, {"train.compile": True}, {"cam.low": 0.2}):
