@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssepa_lib.benchmarks.setup import Setup
-from ssepa_lib.data.datasets import VOC_CLASSES
+from ssepa_lib.data.voc import VOC_CLASSES
 from ssepa_lib.labels import PseudoLabeler
 from ssepa_lib.methods.bilateral import bilateral_filter
 from ssepa_lib.methods.losses import SIGMA_RGB, SIGMA_XY

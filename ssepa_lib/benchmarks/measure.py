@@ -171,7 +171,7 @@ def encoder_bytes(trainer: Trainer, batch: int) -> int:
             backbone.width,
             backbone.depth,
             backbone.heads,
-            prefix=backbone.num_prefix_tokens,
+            num_prefix_tokens=backbone.num_prefix_tokens,
             pixels=3 * side**2,
             mlp_ratio=hidden / backbone.width,
             value=2 if trainer.bf16 else 4,

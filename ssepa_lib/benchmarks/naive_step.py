@@ -227,6 +227,8 @@ class NaiveTrainer(Trainer):
         with evaluating(self.network):
             step.cams = naive_cam(self.network, batch.image, batch.label, config, step.refiner)
         step.token_label = self.labeler.token_labels(step.cams.auxiliary, step.output.grid)
+        if self.recipe.losses.ptc_padding == "ignore":
+            step.token_label = step.token_label.masked_fill(step.valid_tokens == 0, IGNORE)
         maps = step.cams.for_labels
         step.pseudo_label = naive_labels(batch.image, maps, batch.label, batch.box, config)
         return step

@@ -15,7 +15,8 @@ from ssepa_lib.benchmarks import naive_step
 from ssepa_lib.benchmarks.measure import MB, Row, full_step, interleaved, make_row, time_row, wait
 from ssepa_lib.benchmarks.setup import Setup
 from ssepa_lib.data import IGNORE, train_loader
-from ssepa_lib.data.datasets import VOC_CLASSES, classes_in
+from ssepa_lib.data.images import classes_in
+from ssepa_lib.data.voc import VOC_CLASSES
 from ssepa_lib.evaluation.memory import peak_memory
 from ssepa_lib.labels import PseudoLabeler
 from ssepa_lib.labels.crf import crf_available, crf_pool

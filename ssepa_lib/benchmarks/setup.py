@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import Batch, SegmentationDataset
-from ssepa_lib.data.datasets import VOC_CLASSES, ShapesDataset, VocDataset, classes_in
-from ssepa_lib.data.shapes import render_scene
+from ssepa_lib.data.images import classes_in
+from ssepa_lib.data.shapes import ShapesDataset, render_scene
+from ssepa_lib.data.voc import VOC_CLASSES, VocDataset
 from ssepa_lib.device import describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import voc_root

@@ -28,7 +28,7 @@ from ssepa_lib.benchmarks.part_suites import mask_logits
 from ssepa_lib.benchmarks.setup import Setup
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import Batch
-from ssepa_lib.data.datasets import VOC_CLASSES
+from ssepa_lib.data.voc import VOC_CLASSES
 from ssepa_lib.device import precision
 from ssepa_lib.evaluation.memory import (
     affinity_map_bytes,

@@ -82,14 +82,15 @@ NOTES = {
     1: "The text says that SS-EPA beats ToCo with and without MS and CRF; the table has SS-EPA (77.1 / 74.2)"
     " below ToCo+MS+CRF (77.3 / 74.6). Table 3 gives 79.5 on train for what seems to be the same row with MS"
     " and CRF. RRM is cited as [21] here and as [30], which is 1Stage, in Table 2.",
-    2: "The header of the paper's table says train and val; text and values say val and test, as written here."
-    " SS-EPA on test is 73.2 here and 73.3 in the abstract, the text, Table 3 and Table 5.",
+    2: "The header of the paper's table says train and val; text and values say val and test, as written"
+    " here. SS-EPA on test is 73.2 here and 73.3 in the abstract, the text, Table 3 and Table 5.",
     3: "ToCo's pseudo-label 77.3 is its MS+CRF row of Table 1. The last digit of the four printed test values"
     " (72.21, 71.62, 72.73, 73.34) counts from 1 to 4 and reads as a footnote mark; without it they equal the"
     " text and Table 5.",
     4: "GB of a whole training step, device not stated; row 2 keeps every head, row 3 the head means.",
-    5: "Img_size is the size of the checkpoint's pre-training, not the crop (448). The text says that SS-EPA is"
-    " better with every backbone on val and test; with vit-small its test value (50.2) is below ToCo's (52.7).",
+    5: "Img_size is the size of the checkpoint's pre-training, not the crop (448). The text says that SS-EPA"
+    " is better with every backbone on val and test; with vit-small its test value (50.2) is below ToCo's"
+    " (52.7).",
 }  # what does not fit together in the paper, by table
 
 

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ssepa_lib.evaluation.results import describe_size, read_metrics
+from ssepa_lib.evaluation.results import describe_size, read_results
 from ssepa_lib.files import write_text
 
 UNFINISHED = ".unfinished"  # in the name of a copy whose notebook failed or was interrupted
@@ -41,7 +41,7 @@ def read_runs(preset_folder: Path, run_name: str = "") -> dict[str, dict]:
     """
     pattern = f"*-{run_name}-*" if run_name else "*"
     files = sorted(preset_folder.glob(f"{pattern}/metrics.json"))
-    return {path.parent.name: read_metrics(path.parent) for path in files}
+    return {path.parent.name: read_results(path.parent) for path in files}
 
 
 def _rows(preset_folder: Path, run_name: str) -> tuple[list[str], list[list[str]], list[str]]:

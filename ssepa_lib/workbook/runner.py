@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssepa_lib.compose import load_recipe
-from ssepa_lib.data import build_dataset
+from ssepa_lib.data import DATASETS, build_dataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root
 from ssepa_lib.workbook.progress import PROGRESS, Display, clock
@@ -27,7 +27,6 @@ from ssepa_lib.workbook.study import preset_folder
 
 KERNEL = "ssepa-workbook"
 
-PLACES = ("VOC_ROOT", "COCO_ROOT", "FOLDER_ROOT", "SSEPA_WEIGHTS")  # made absolute: kernels run elsewhere
 
 
 @dataclass(frozen=True)
@@ -302,7 +301,8 @@ def run_workbook(
     chosen, values = _plan(preset, only, start, parameters, notebooks)
     run_name = str(parameters.get("run_name", ""))
     root = (results or results_root()).resolve()
-    places = {name: str(Path(os.environ[name]).resolve()) for name in PLACES if os.environ.get(name)}
+    variables = ["SSEPA_WEIGHTS", *(dataset.root_variable for dataset in DATASETS.values())]
+    places = {name: str(Path(os.environ[name]).resolve()) for name in variables if os.environ.get(name)}
     began = time.time()
     with tempfile.TemporaryDirectory() as scratch, _environment(SSEPA_RESULTS=str(root), **places):
         folder = preset_folder(preset, run_name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.results import read_metrics
+from ssepa_lib.evaluation.results import read_results
 
 
 def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
@@ -31,7 +31,7 @@ def collect_runs(folder: Path | str) -> pd.DataFrame:
     rows = []
     for path in sorted(Path(folder).rglob("metrics.json")):
         run = path.parent
-        results = sorted(read_metrics(run).values(), key=lambda r: r["setting"]["images"])
+        results = sorted(read_results(run).values(), key=lambda r: r["setting"]["images"])
         most = {result["setting"]["split"]: result for result in results}
         for result in most.values():
             setting = result["setting"]

@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from ssepa_lib.data.datasets import IGNORE, voc_palette
+from ssepa_lib.data.images import IGNORE, voc_palette
 from ssepa_lib.workbook.figures.style import MARKED, own_axes
 
 Array = np.ndarray | torch.Tensor
