@@ -1,11 +1,13 @@
 """Class activation maps: multi-scale, flipped, refined by the affinity (ToCo, Section 3.2; SS-EPA, Eq. 7)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssepa_lib.labels.calibrate import calibrate
+from ssepa_lib.labels.pseudo_labels import inside
 from ssepa_lib.labels.refine import Refiner
 from ssepa_lib.model.network import Network, NetworkOutput
 from ssepa_lib.recipe import CamConfig
@@ -93,14 +95,17 @@ def cam_to_label(cam: Tensor, background: float) -> Tensor:
     return torch.where(score > background, index + 1, 0)
 
 
-def _patch_maps(output: NetworkOutput, select: _Selection, refiner: Refiner | None) -> _Packed:
-    """Packed maps of one forward pass at patch resolution."""
+def _patch_maps(
+    output: NetworkOutput, select: _Selection, refiner: Refiner | None, valid: Tensor | None
+) -> _Packed:
+    """Packed maps of one forward pass at patch resolution; `valid` [b, H, W] is 0 on padding."""
     main, auxiliary = select.pack(output.cam), select.pack(output.aux_cam)  # [b, P, h, w]
     if refiner is None:
         return _Packed(main, auxiliary, None)
     if not refiner.config.auxiliary:
-        return _Packed(main, auxiliary, refiner(output.attention, main.relu()))
-    refined, auxiliary = refiner(output.attention, torch.cat([main, auxiliary], 1).relu()).chunk(2, 1)
+        return _Packed(main, auxiliary, refiner(output.attention, main.relu(), valid))
+    both = refiner(output.attention, torch.cat([main, auxiliary], 1).relu(), valid)
+    refined, auxiliary = both.chunk(2, 1)
     return _Packed(main, auxiliary, refined)
 
 
@@ -113,21 +118,25 @@ def multi_scale_cam(
     refiner: Refiner | None = None,
     *,
     first: NetworkOutput | None = None,
+    box: Tensor | None = None,
 ) -> Cams:
     """Multi-scale class activation maps of the classes that an image shows.
 
     For each scale the image and its flip are encoded; the maps are resized to the image, flipped back, and
-    their element-wise maximum is taken, then ReLU; the sum over scales is min-max normalised. The affinity is
-    applied at each scale, to the ReLU'd map, before resizing. With `affinity.per_scale: false` it is applied
-    once, to the sum, at the patches of scale 1: the affinity of the image itself then serves all scales.
+    their element-wise maximum is taken, then ReLU; the sum over scales is min-max normalised. The affinity
+    is applied at each scale, to the ReLU'd map, before resizing. With `affinity.per_scale: false` it is
+    applied once, to the sum, at the patches of scale 1: the affinity of the image itself then serves all
+    scales. With `cam.calibrate` the map that labels are made from is calibrated at the end.
 
     Args:
         image: [B, 3, H, W], 0..255.
         label: [B, C], 0 or 1; maps of absent classes are zero ("valid CAM").
-        refiner: also return the refined main maps (and refine the auxiliary ones where its configuration says
-            so).
+        refiner: also return the refined main maps (and refine the auxiliary ones where its configuration
+            says so).
         first: output of the network on `image` itself, with attention if there is a refiner, when it is
             already there; saves that pass at scale 1.
+        box: long [B, 4], the part of the image that is not padding; deflation and calibration ignore the
+            rest.
 
     Returns:
         Main, auxiliary and refined maps in 0..1 at the size of the image.
@@ -137,16 +146,20 @@ def multi_scale_cam(
     if once and first is None:
         first = network(image, segment=False, capture=True)
     select, size = _Selection(label), image.shape[-2:]
+    valid = None if box is None else inside(box, size).float()  # [B, H, W]
     totals: _Packed | None = None
     for scale in config.scales:
-        maps = _one_scale(
-            network, image, scale, config.flip, select, per_scale, first if scale == 1 else None
-        )
+        shared = first if scale == 1 else None
+        maps = _one_scale(network, image, scale, config.flip, select, per_scale, shared, valid)
         maps = maps.map(lambda m: _full_size(m.float(), size, config.flip))
         totals = maps if totals is None else totals.map(Tensor.add_, maps)
     if once:
-        totals = _refine_total(refiner, first, totals)
-    return Cams(select, totals.map(normalise_cam))
+        totals = _refine_total(refiner, first, totals, valid)
+    maps = totals.map(normalise_cam)
+    if config.calibrate == "otsu":
+        name = "main" if maps.refined is None else "refined"
+        maps = replace(maps, **{name: calibrate(getattr(maps, name), valid)})
+    return Cams(select, maps)
 
 
 def _one_scale(
@@ -157,20 +170,22 @@ def _one_scale(
     select: _Selection,
     refiner: Refiner | None,
     first: NetworkOutput | None,
+    valid: Tensor | None,
 ) -> _Packed:
     """Patch maps of the image at one scale and, with `flip`, of the flipped image, [b·B, P, h, w]."""
     x = image.float()
     if scale != 1:
         x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    shared = None if first is None else _patch_maps(first, select, refiner, valid)
     views = [x] if first is None else []
     views += [x.flip(-1)] if flip else []
     if not views:
-        return _patch_maps(first, select, refiner)
+        return shared
+    if valid is not None:
+        valid = torch.cat(([valid] if first is None else []) + ([valid.flip(-1)] if flip else []))
     output = network(torch.cat(views), segment=False, capture=refiner is not None)
-    maps = _patch_maps(output, select, refiner)
-    if first is None:
-        return maps
-    return _patch_maps(first, select, refiner).map(lambda a, b: torch.cat([a, b]), maps)
+    maps = _patch_maps(output, select, refiner, valid)
+    return maps if shared is None else shared.map(lambda a, b: torch.cat([a, b]), maps)
 
 
 def _full_size(maps: Tensor, size: torch.Size, flip: bool) -> Tensor:
@@ -183,12 +198,13 @@ def _full_size(maps: Tensor, size: torch.Size, flip: bool) -> Tensor:
     return full.relu_()
 
 
-def _refine_total(refiner: Refiner, output: NetworkOutput, totals: _Packed) -> _Packed:
+def _refine_total(refiner: Refiner, output: NetworkOutput, totals: _Packed, valid: Tensor | None) -> _Packed:
     """Sums over scales at image size, refined by the affinity of scale 1."""
     size, grid = totals.main.shape[-2:], output.grid
     both = refiner.config.auxiliary
     maps = torch.cat([totals.main, totals.auxiliary], 1) if both else totals.main
-    maps = refiner(output.attention, F.interpolate(maps, grid, mode="bilinear", align_corners=False))
+    small = F.interpolate(maps, grid, mode="bilinear", align_corners=False)  # [B, P, h, w]
+    maps = refiner(output.attention, small, valid)
     maps = F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
     refined, auxiliary = maps.chunk(2, 1) if both else (maps, totals.auxiliary)
     return _Packed(totals.main, auxiliary, refined)

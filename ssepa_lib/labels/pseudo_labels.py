@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.data import IGNORE
 from ssepa_lib.labels.par import PixelAdaptiveRefinement
 from ssepa_lib.recipe import CamConfig
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.model.affinity import Attention, PatchAffinity
@@ -23,21 +24,28 @@ class Refiner:
     config: AffinityConfig
     haaf: Callable[[Tensor], Tensor] | None = None
 
-    def affinity(self, attention: Attention) -> PatchAffinity:
-        """The affinity between the patches of some images."""
+    def affinity(self, attention: Attention, valid: Tensor | None = None) -> PatchAffinity:
+        """The affinity between the patches of some images; `valid` [B, H, W] is 1 on the image, 0 on
+        padding."""
         c = self.config
+        if valid is not None:
+            valid = (F.adaptive_avg_pool2d(valid[:, None], attention.grid) > 0.5).flatten(1).float()  # [B, N]
         return PatchAffinity(
             attention,
             weigh=self.haaf,
             kind=c.attention,
             strategy=c.strategy,
             descriptor=c.descriptor,
+            pooling=c.pooling,
             iterations=c.iterations,
+            deflate=c.deflate,
+            valid=valid,
         )
 
-    def __call__(self, attention: Attention, maps: Tensor) -> Tensor:
-        """Propagate maps over the patches, [B, X, h, w] → [B, X, h, w]."""
-        return as_maps(self.affinity(attention) @ maps.flatten(2).transpose(1, 2), attention.grid)
+    def __call__(self, attention: Attention, maps: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Propagate maps over the patches, [B, X, h, w] → [B, X, h, w]; `valid` as in `affinity`."""
+        affinity = self.affinity(attention, valid)
+        return as_maps(affinity @ maps.flatten(2).transpose(1, 2), attention.grid)
 
 
 def build_refiner(config: AffinityConfig, network: Network) -> Refiner | None:

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssepa_lib.device import global_ratio, rank_slice
-from ssepa_lib.labels.cam import normalise_cam
+from ssepa_lib.labels.cam import multi_scale_cam
 from ssepa_lib.methods.objective import Objective
 from ssepa_lib.methods.step import TrainStep
 from ssepa_lib.methods.teacher import Teacher
 from ssepa_lib.model.heads import ProjectionHead
-from ssepa_lib.model.network import Network
+from ssepa_lib.model.network import Network, evaluating
 from ssepa_lib.recipe import Recipe, ReinforceConfig
 
 ORDER = 20
@@ -48,43 +48,56 @@ def edge_strength(image: Tensor, grid: tuple[int, int], block: int) -> Tensor:
     return F.avg_pool2d(patches, block, ceil_mode=True)[:, 0]
 
 
-def mask_blocks(
-    activation: Tensor, image: Tensor, config: ReinforceConfig, fraction: float, generator: torch.Generator
-) -> Tensor:
-    """Choose the patches hidden from the student in FSR.
+def selection_at(config: ReinforceConfig, fraction: float) -> str:
+    """How blocks are selected after `fraction` (0..1) of all steps: at random first, then as configured."""
+    return config.selection if fraction >= config.random_until else "random"
 
-    The grid is cut into blocks of `mask_block`² patches (smaller at the right and lower border if it does not
-    divide) and round(mask_ratio · blocks) of them are masked. Until `random_until` of training they are
+
+def mask_blocks(
+    activation: Tensor | None,
+    image: Tensor,
+    grid: tuple[int, int],
+    config: ReinforceConfig,
+    fraction: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Choose the patches hidden from the student in FSR (Section 3.2).
+
+    The grid is cut into blocks of `mask_block`² patches (smaller at the right and lower border if it does
+    not divide) and ⌈mask_ratio · blocks⌉ of them are masked. Until `random_until` of the run they are
     random; then "loose" takes uncertain blocks first and fills up at random, "strict" takes uncertain ones
     only, "edge" takes those with the strongest image gradient, and "random" stays random. A block is
-    uncertain when the activation at its centre lies strictly between the two values of `uncertain`.
+    uncertain when the activation, resized to the grid of blocks by nearest neighbour, lies strictly between
+    the two values of `uncertain`.
 
     Args:
-        activation: [B, h, w], 0..1, the normalised auxiliary CAM's maximum over the classes of the label.
+        activation: [B, H, W], 0..1, maximum of the auxiliary CAM over the classes of the label; read by
+            "loose" and "strict" alone.
         image: [B, 3, H, W], 0..255, the view to be masked.
+        grid: h, w, patches per column and row.
         fraction: share of all steps done, 0..1.
         generator: source of the random order.
 
     Returns:
         bool [B, h·w], True where masked.
     """
-    (batch, h, w), block = activation.shape, config.mask_block
-    low, high = config.uncertain
-    rows, columns = (torch.arange(0, n, block).add(block // 2).clamp(max=n - 1) for n in (h, w))
-    centres = activation[:, rows][:, :, columns].flatten(1)  # [B, M]
-    uncertain = (centres > low) & (centres < high)
-    draw = partial(_uniform, blocks=centres.shape[1], generator=generator)
-    order = rank_slice(draw, batch).to(activation.device)
-    selection = config.selection if fraction >= config.random_until else "random"
+    (h, w), block, batch = grid, config.mask_block, len(image)
+    rows, columns = -(-h // block), -(-w // block)
+    selection = selection_at(config, fraction)
+    draw = partial(_uniform, blocks=rows * columns, generator=generator)
+    order = rank_slice(draw, batch).to(image.device)  # [B, M]
     if selection == "edge":
-        order = edge_strength(image, (h, w), block).flatten(1)
+        order = edge_strength(image, grid, block).flatten(1)
     elif selection != "random":
+        blocks = F.interpolate(activation[:, None], (rows, columns), mode="nearest").flatten(1)  # [B, M]
+        low, high = config.uncertain
+        uncertain = (blocks > low) & (blocks < high)
         order = order + uncertain
-    count = round(config.mask_ratio * centres.shape[1])
-    chosen = torch.zeros_like(uncertain).scatter_(1, order.topk(count).indices, True)
+    count = math.ceil(config.mask_ratio * rows * columns)
+    chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order.topk(count).indices, True)
     if selection == "strict":
         chosen &= uncertain
-    chosen = chosen.view(batch, len(rows), len(columns))
+    chosen = chosen.view(batch, rows, columns)
     return chosen.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w].flatten(1)
 
 
@@ -111,30 +124,42 @@ class Centers(nn.Module):
 
 
 def self_distillation(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    image: Tensor,
+    batch: int,
+    temperatures: tuple[float, float],
 ) -> Tensor:
-    """Cross-entropy from the teacher's centred, sharpened distribution to the student's, as in unc.FSR and
-    cer.FSR.
+    """Cross-entropy from the teacher's centred, sharpened distribution to the student's (FSR, Equations 5
+    and 6).
 
     Args:
         student, teacher: [M, E] projector outputs of M tokens; the teacher gets no gradient.
         center: [E] running mean of teacher outputs.
+        image: long [M], which image of the batch a token belongs to.
+        batch: number of images.
+        temperatures: of student and teacher.
 
     Returns:
-        Mean over the tokens, in nats and float32; 0, still differentiable, if M is 0.
+        Mean over the tokens of each image, then over the images that have any, in nats and float32; 0, still
+        differentiable, if M is 0.
     """
-    target = ((teacher.detach().float() - center) / teacher_temperature).softmax(-1)
-    loss = -(target * (student.float() / student_temperature).log_softmax(-1)).sum(-1)
-    return global_ratio(loss.sum(), torch.full((), len(loss), device=loss.device))
+    target = ((teacher.detach().float() - center) / temperatures[1]).softmax(-1)
+    loss = -(target * (student.float() / temperatures[0]).log_softmax(-1)).sum(-1)  # [M]
+    count = torch.bincount(image, minlength=batch)  # [B]
+    mean = loss.new_zeros(batch).index_add(0, image, loss) / count.clamp(min=1)
+    return global_ratio(mean.sum(), (count > 0).sum())
 
 
 class SelfReinforcement(Objective):
     """unc.FSR and cer.FSR (FSR, Section 3).
 
     The projector is trained with the network; the teacher, an EMA of network and projector, and the centres
-    are part of `state_dict()`, so that a run resumes exactly. The teacher sees both views whole, the student
-    the second one masked. What is uncertain is read from the teacher's auxiliary CAM of view 2 at one scale:
-    it is there already.
+    are part of `state_dict()`, so that a run resumes exactly. The teacher sees both views whole, the
+    student the second one masked. What is uncertain is read from the student's own auxiliary CAM of view 2,
+    at several scales with flip. The class centre follows the teacher's class tokens of view 1, the patch
+    centre its patches of view 2: what each is compared with.
     """
 
     def __init__(self, recipe: Recipe, network: Network):
@@ -160,20 +185,31 @@ class SelfReinforcement(Objective):
         teacher = self.teacher.module
         with torch.no_grad():
             seen = teacher["network"](torch.cat([view1, view2]), segment=False)
-            cls, patches = (_project(teacher["projector"], tokens) for tokens in (seen.cls, seen.patches))
-            cam = normalise_cam(seen.aux_cam[batch:].relu())  # [B, C, h, w]
-            activation = (cam * step.batch.label[:, :, None, None]).amax(1)  # [B, h, w]
-            mask = mask_blocks(activation, view2, self.config, step.fraction, step.generator)  # [B, N]
+            cls = _project(teacher["projector"], seen.cls[:batch])  # [B, E]
+            patches = _project(teacher["projector"], seen.patches[batch:])  # [B, N, E]
+        mask = mask_blocks(
+            self._activation(step), view2, step.output.grid, self.config, step.fraction, step.generator
+        )
         student, at = step.network(view2, segment=False, mask=mask), mask.nonzero(as_tuple=True)
         temperatures = self.config.student_temperature, teacher_temperature(self.config, step.fraction)
         hidden, whole = (_project(self.projector, tokens) for tokens in (student.patches[at], student.cls))
+        every = torch.arange(batch, device=mask.device)
         losses = {
-            "unc": self_distillation(hidden, patches[batch:][at], self.centers.patches, *temperatures),
-            "cer": self_distillation(whole, cls[:batch], self.centers.cls, *temperatures),
+            "unc": self_distillation(hidden, patches[at], self.centers.patches, at[0], batch, temperatures),
+            "cer": self_distillation(whole, cls, self.centers.cls, every, batch, temperatures),
         }
         if self.training:
             self.centers.update(cls, patches)
         return losses
+
+    def _activation(self, step: TrainStep) -> Tensor | None:
+        """Maximum over the classes of the image of the student's auxiliary CAM of view 2, [B, H, W], where
+        needed."""
+        if selection_at(self.config, step.fraction) not in ("strict", "loose"):
+            return None
+        with evaluating(step.network):
+            cams = multi_scale_cam(step.network, step.batch.view2, step.batch.label, step.recipe.cam)
+        return cams.auxiliary.amax(1)
 
     def after_step(self, network: Network, fraction: float) -> None:
         self.teacher.follow(self._student(network), teacher_momentum(self.config, fraction))

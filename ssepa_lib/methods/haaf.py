@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.data import IGNORE
 from ssepa_lib.device import global_ratio
 from ssepa_lib.labels.refine import Refiner
 from ssepa_lib.methods.losses import classification_loss, normalised_cut

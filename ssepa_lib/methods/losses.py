@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.data import IGNORE
 from ssepa_lib.device import global_ratio, rank_and_world
 from ssepa_lib.labels.pseudo_labels import inside
 from ssepa_lib.methods.bilateral import bilateral_filter

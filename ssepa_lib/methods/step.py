@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.data import IGNORE
 from ssepa_lib.data.views import Batch
 from ssepa_lib.labels.cam import Cams, multi_scale_cam
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler, inside
@@ -69,13 +69,20 @@ class TrainStep:
 
 
 def take_step(
-    network: Network, recipe: Recipe, batch: Batch, index: int, labeler: PseudoLabeler, needs: Set[str]
+    network: Network,
+    recipe: Recipe,
+    batch: Batch,
+    index: int,
+    labeler: PseudoLabeler,
+    needs: Set[str],
+    teacher: Network | None = None,
 ) -> TrainStep:
     """Run the network on a batch and derive what the objectives need.
 
     Args:
         index: the training step, from 0.
         needs: out of "cams", "token_label" and "pseudo_label"; labels imply the maps they are made from.
+        teacher: an EMA copy that makes the maps; None: the network itself.
     """
     image, label = batch.image, batch.label
     segmenting = index >= recipe.segmentation_step
@@ -96,14 +103,20 @@ def take_step(
         pseudo_label=None,
     )
     if needs:
-        stochastic = recipe.model.drop_path > 0  # then the training pass is not the inference pass
-        first = None if stochastic else output
-        with evaluating(network):
-            step.cams = multi_scale_cam(network, image, label, recipe.cam, refiner, first=first)
+        source = network if teacher is None else teacher
+        own = (
+            teacher is None and recipe.model.drop_path == 0
+        )  # else the training pass is not the inference pass
+        with evaluating(source):
+            step.cams = multi_scale_cam(
+                source, image, label, recipe.cam, refiner, first=output if own else None, box=batch.box
+            )
     if "token_label" in needs:
         step.token_label = labeler.token_labels(step.cams.auxiliary, output.grid)
         if recipe.losses.ptc_padding == "ignore":
             step.token_label = step.token_label.masked_fill(step.valid_tokens == 0, IGNORE)
     if "pseudo_label" in needs:
-        step.pseudo_label = labeler.training_labels(image, step.cams.for_labels, label, batch.box)
+        early = step.fraction < recipe.cam.main_from  # COCO: the main classifier is not trusted yet
+        maps = step.cams.auxiliary if early else step.cams.for_labels
+        step.pseudo_label = labeler.training_labels(image, maps, label, batch.box)
     return step

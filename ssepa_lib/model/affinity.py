@@ -53,26 +53,37 @@ class Attention:
 
 
 class HAAF(nn.Module):
-    """Head-average attention fusion: an MLP from one pooled number per layer to one weight per layer (SS-EPA,
-    Eq. 6).
+    """Head-average attention fusion: an MLP from one pooled number per layer to one weight per layer
+    (SS-EPA, Eq. 6).
 
-    The output is K·softmax: non-negative, mean 1, and all ones before training, so that an untrained HAAF is
-    plain patch affinity. The descriptor is about 1/N at any depth, so it enters as its logarithm, centred
+    The output is K·softmax: non-negative, mean 1, and all ones before training, so that an untrained HAAF
+    is plain patch affinity. The descriptor of probabilities is about 1/N at any depth, so it enters as its
+    logarithm, centred over layers; that of logits has a sign, so it enters divided by its root mean square
     over layers.
+
+    Args:
+        layers: K.
+        hidden: width of the MLP.
+        signed: the descriptor comes from logits.
 
     Shape:
         descriptor [B, K] → weights [B, K].
     """
 
-    def __init__(self, layers: int, hidden: int = 32):
+    def __init__(self, layers: int, hidden: int = 32, *, signed: bool = False):
         super().__init__()
+        self.signed = signed
         self.mlp = nn.Sequential(nn.Linear(layers, hidden), nn.GELU(), nn.Linear(hidden, layers))
         nn.init.zeros_(self.mlp[2].weight)
         nn.init.zeros_(self.mlp[2].bias)
 
     def forward(self, descriptor: Tensor) -> Tensor:
-        x = descriptor.float().abs().clamp_min(1e-12).log()
-        x = x - x.mean(1, keepdim=True)
+        x = descriptor.float()
+        if self.signed:
+            x = x / x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+        else:
+            x = x.clamp_min(1e-12).log()
+            x = x - x.mean(1, keepdim=True)
         with torch.autocast(x.device.type, enabled=False):
             return descriptor.shape[1] * self.mlp(x).softmax(1)
 
@@ -92,7 +103,7 @@ class LayerWeights(nn.Module):
         """
         if len(self.weights) != descriptor.shape[1]:
             raise UserError(
-                f"{len(self.weights)} layer weights were given for {descriptor.shape[1]} layers of the backbone; "
+                f"{len(self.weights)} layer weights were given for {descriptor.shape[1]} layers; "
                 "give one weight per layer."
             )
         return self.weights.to(descriptor.device).expand_as(descriptor)
@@ -111,7 +122,11 @@ class PatchAffinity:
         strategy: "matrix_free" never builds a map; "stack_layers" stacks the head means [B, K, P+N, P+N];
             "stack_heads" stacks every head [B, K, H, P+N, P+N]. The numbers are the same, the memory is not.
         descriptor: "full" pools the (P+N)² map, "patch" the patch-to-patch block.
+        pooling: "mean" or "max" over that map.
         iterations: how often the map is multiplied.
+        deflate: after every multiplication subtract the mean over the patches, then ReLU. A row-stochastic
+            affinity pulls every map towards the constant one; deflation removes that component.
+        valid: [B, N], 1 on the image, 0 on padding, which deflation leaves out; None: no padding.
     """
 
     def __init__(
@@ -122,9 +137,14 @@ class PatchAffinity:
         kind: str = "probabilities",
         strategy: str = "matrix_free",
         descriptor: str = "patch",
+        pooling: str = "mean",
         iterations: int = 1,
+        deflate: bool = False,
+        valid: Tensor | None = None,
     ):
-        self.attention, self.weigh, self.iterations = attention, weigh, iterations
+        self.attention, self.weigh = attention, weigh
+        self.iterations, self.deflate, self.valid = iterations, deflate, valid
+        self.pooling = pooling
         self.probabilities = kind == "probabilities"
         self.strategy = strategy
         self.first = attention.num_prefix_tokens
@@ -141,8 +161,9 @@ class PatchAffinity:
         return self.attention.layer_map(layer, rows, probabilities=self.probabilities)
 
     def _pool(self, maps: Tensor) -> Tensor:
-        """Global average pool of head-mean maps [..., P+N, P+N] → [...]."""
-        return maps[..., self.pooled_from :, self.pooled_from :].mean((-2, -1))
+        """Global pool of head-mean maps [..., P+N, P+N] → [...]."""
+        maps = maps[..., self.pooled_from :, self.pooled_from :]
+        return maps.amax((-2, -1)) if self.pooling == "max" else maps.mean((-2, -1))
 
     def _columns(self, values: Tensor) -> list[tuple[Tensor, int]]:
         """Values [B, P+N, V] in pieces as wide as the keys, which fused kernels want.
@@ -186,7 +207,10 @@ class PatchAffinity:
         for layer in range(len(self)):
             out = apply(layer, prepared)  # [B, P+N, C+1]
             products.append(out[:, self.first :, :-1])
-            descriptor.append(out[:, self.pooled_from :, -1].mean(1) / pooled)
+            if self.pooling == "max":  # a maximum needs the map: one layer exists at a time
+                descriptor.append(self._pool(self.layer_map(layer).mean(1)))
+            else:
+                descriptor.append(out[:, self.pooled_from :, -1].mean(1) / pooled)
         return torch.stack(products, 1), torch.stack(descriptor, 1)
 
     def _stack(self) -> Tensor:
@@ -229,12 +253,22 @@ class PatchAffinity:
             with torch.autocast(cam.device.type, enabled=False):
                 dense = self._matrix()
                 for _ in range(self.iterations):
-                    cam = dense @ cam.float()
+                    cam = self._deflated(dense @ cam.float())
             return cam
         for _ in range(self.iterations):
             products, descriptor = self.propagate(cam)
-            cam = (self._resolve(descriptor)[:, :, None, None] * products).mean(1)
+            cam = self._deflated((self._resolve(descriptor)[:, :, None, None] * products).mean(1))
         return cam
+
+    def _deflated(self, cam: Tensor) -> Tensor:
+        """A map [B, N, C] without the part that all patches share."""
+        if not self.deflate:
+            return cam
+        if self.valid is None:
+            return (cam - cam.mean(1, keepdim=True)).relu()
+        valid = self.valid[:, :, None].to(cam.dtype)
+        mean = (cam * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
+        return (cam - mean).relu() * valid
 
     def _matrix(self) -> Tensor:
         p = self.first
@@ -249,7 +283,7 @@ class PatchAffinity:
         return torch.einsum("bk,bkij->bij", weights, maps)[:, p:, p:] / len(self)
 
     def dense(self) -> Tensor:
-        """The affinity of one iteration, [B, N, N], without gradient: from where each patch (row) receives."""
+        """The affinity of one iteration, [B, N, N], without gradient; row i says from where i receives."""
         return self._matrix().detach()
 
     def row(self, patch: int, layer: int | None = None, head: int | None = None) -> Tensor:

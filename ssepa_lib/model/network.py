@@ -52,9 +52,9 @@ class Network(nn.Module):
         self.aux_classifier = nn.Linear(width, number, bias=False)
         self.decoder = LargeFOV(width, number)
         self.aggregator = ClassAggregator(width, self.backbone.heads) if self.aggregation == "mca" else None
-        self.haaf = (
-            HAAF(self.backbone.depth, recipe.affinity.hidden) if recipe.affinity.kind == "haaf" else None
-        )
+        affinity, layers = recipe.affinity, self.backbone.depth
+        signed = affinity.attention == "logits"
+        self.haaf = HAAF(layers, affinity.hidden, signed=signed) if affinity.kind == "haaf" else None
         if self.haaf is not None and recipe.affinity.haaf_objective == "none":
             self.haaf.requires_grad_(False)  # the control: v' stays all ones
 

@@ -67,7 +67,8 @@ class RunFolder:
             return None
 
     def is_finished(self, recipe: Recipe) -> bool:
-        """Whether the folder holds the final weights of this recipe, under today's field names or older ones."""
+        """Whether the folder holds the final weights of this recipe, under today's field names or older
+        ones."""
         info = self.weights_info()
         if not info or int(info.get("step", -1)) != recipe.train.steps or not self.recipe_file.is_file():
             return False
@@ -90,11 +91,11 @@ class RunFolder:
         elif self.recipe_file.is_file():
             if self.recipe().hash() != recipe.hash():
                 raise UserError(
-                    f"{self.path} holds a run of another recipe; choose another run name or remove that folder."
+                    f"{self.path} holds a run of another recipe; choose another run name or remove it."
                 )
         elif self.weights.is_file():
             raise UserError(
-                f"{self.path} holds final weights but no recipe.yaml; restore that file or move the folder away."
+                f"{self.path} holds weights but no recipe.yaml; restore that file or move the folder away."
             )
         save_recipe(recipe, self.recipe_file)
         if not self.state.is_file():
@@ -131,7 +132,7 @@ class RunFolder:
         """
         if not self.weights.is_file():
             raise UserError(
-                f"{self.path} holds no finished run; train it first (notebook 03, or python -m ssepa_lib train)."
+                f"{self.path} holds no finished run; train it first (notebook 03, or `ssepa_lib train`)."
             )
         recipe = self.recipe()
         try:

@@ -20,6 +20,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.files import FolderLock
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler
 from ssepa_lib.methods import build_objectives, take_step, total_loss
+from ssepa_lib.methods.teacher import Teacher
 from ssepa_lib.model.network import build_network, optimiser_groups
 from ssepa_lib.randomness import seeded
 from ssepa_lib.recipe import Recipe
@@ -56,6 +57,8 @@ class Trainer:
         self.recipe, self.device, self.world, self.index = recipe, device, world, 0
         self.network = build_network(recipe, classes).to(device).train()
         self.objectives = build_objectives(recipe, self.network).to(device)
+        momentum = recipe.cam.teacher_momentum
+        self.teacher = Teacher(self.network) if momentum > 0 else None  # makes the maps
         self.weights = {name: weight for part in self.objectives for name, weight in part.weights.items()}
         self.labeler = PseudoLabeler(recipe.cam).to(device)
         groups = self.network.parameter_groups(recipe.optim, recipe.affinity.haaf_lr)
@@ -78,7 +81,8 @@ class Trainer:
         # the seed is that of drop path; crops, masks and views have generators of their own
         drop_path = seeded("drop path", self.recipe.train.seed, self.index, rank_and_world()[0], self.device)
         with drop_path, torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            step = take_step(self.network, self.recipe, batch, self.index, self.labeler, needs)
+            teacher = None if self.teacher is None else self.teacher.module
+            step = take_step(self.network, self.recipe, batch, self.index, self.labeler, needs, teacher)
             return {name: value for part in active for name, value in part(step).items()}
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -92,6 +96,8 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.index += 1
+        if self.teacher is not None:
+            self.teacher.follow(self.network, self.recipe.cam.teacher_momentum)
         for part in self.objectives:
             part.after_step(self.network, self.index / self.recipe.train.steps)
         values = {"loss": loss, **terms}
@@ -119,25 +125,28 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; plain tensors and numbers."""
-        return {
-            "index": self.index,
-            "network": self.network.state_dict(),
-            "objectives": self.objectives.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-        }
+        return {"index": self.index} | {name: part.state_dict() for name, part in self._stateful().items()}
+
+    def _stateful(self) -> dict[str, Any]:
+        names = ("network", "objectives", "optimizer", "scheduler", "teacher")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.index = state["index"]
-        for group in state["optimizer"]["param_groups"]:  # a run may resume on another device
-            group["fused"] = self.device.type == "cuda"
+        """Continue from a state.
+
+        Raises:
+            UserError: it belongs to an earlier version.
+        """
         try:
-            for name in ("network", "objectives", "optimizer", "scheduler"):
-                getattr(self, name).load_state_dict(state[name])
+            self.index = state["index"]
+            for group in state["optimizer"]["param_groups"]:  # a run may resume on another device
+                group["fused"] = self.device.type == "cuda"
+            for name, part in self._stateful().items():
+                part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"the unfinished run does not fit this version ({reason}); remove its state.pt to train it again."
+                f"the unfinished run does not fit this version ({reason}); remove its state.pt to restart it."
             ) from error
 
 
