@@ -118,7 +118,7 @@ def energy(setup: Setup) -> Iterator[Row]:
 
 
 def idle_share(setup: Setup, workers: int, steps: int) -> float:
-    """Share of the time that a training loop waits for its next batch, 0..1, after the first three."""
+    """Share of the time that training waits for its next batch, 0..1, after the first three."""
     recipe = setup.recipe(changes={"data.workers": workers})
     dataset = setup.dataset()
     trainer = Trainer(recipe, dataset.classes, setup.device)

@@ -130,7 +130,7 @@ class Setup:
         return torch.stack(image), torch.stack(mask)
 
     def batch(self, count: int, side: int = 0) -> Batch:
-        """A training batch without padding."""
+        """One batch of training views without padding."""
         image, mask = self.images(count, side)
         label = torch.stack([classes_in(m.cpu(), len(VOC_CLASSES)) for m in mask]).to(self.device)
         box = torch.tensor([[0, image.shape[-2], 0, image.shape[-1]]] * count, device=self.device)

@@ -64,7 +64,7 @@ class _HaafTrainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
     def update(self, step: TrainStep, precision: str) -> None:
-        """One update from a training step that all variants share."""
+        """One update from one training step that all variants share."""
         with autocast(precision, step.batch.image.device):
             loss = self.objective(replace(step, refiner=self.refiner))["haaf"]
         self.optimizer.zero_grad()

@@ -215,7 +215,7 @@ def table_3(runs: pd.DataFrame | None = None) -> pd.DataFrame:
 
 
 def table_4(measured: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Memory of a training step in GB at batch 1 and 2 (SS-EPA, Table 4) beside our measurement.
+    """Memory of one training step in GB at batch 1 and 2 (SS-EPA, Table 4) beside our measurement.
 
     Args:
         measured: columns `strategy` (none, stack_heads, stack_layers, matrix_free), `batch`, `gigabytes`,

@@ -1,4 +1,4 @@
-"""Images, masks and maps: alone, side by side, and the views of a training step."""
+"""Images, masks and maps: alone, side by side, and the views of one training step."""
 
 from collections.abc import Mapping, Sequence
 
@@ -222,7 +222,7 @@ def plot_affinity_row(
 def plot_crop_views(
     image: Array, box: Sequence[int], regions: Array, crops: Sequence[Array], positive: Sequence[bool]
 ) -> np.ndarray:
-    """A training crop with its valid box, the regions of the auxiliary CAM, and the local crops cut from it.
+    """One training crop with its valid box, the regions of the auxiliary CAM, and the local crops cut from it.
 
     Args:
         image: [3, S, S]; box: (y0, y1, x0, x1), half open; regions: [S, S] of 0, 1, 2 (`toco.region_map`).
@@ -248,7 +248,7 @@ def plot_crop_views(
 
 
 def _plot_box(image: Array, box: Sequence[int], ax: Axes) -> None:
-    """A training crop and the frame of its valid part."""
+    """One training crop and the frame of its valid part."""
     plot_image(image, ax, "training crop")
     y0, y1, x0, x1 = (int(v) for v in box)
     inset = 0.012 * (y1 - y0)
