@@ -5,9 +5,9 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from ssepa_lib.compose import save_recipe
 from toy_network import ColourNetwork, TwoImages, recipe, without_crf
 
+from ssepa_lib.compose import save_recipe
 from ssepa_lib.data import build_dataset, eval_batches
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.evaluate import evaluate, evaluate_run
