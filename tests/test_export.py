@@ -6,20 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluation import CLASSES, ColourNetwork, TwoImages, recipe
+from ssepa_lib.data.images import voc_palette
+from toy_network import CLASSES, ColourNetwork, TwoImages, recipe, without_crf
 
-from ssepa_lib.data.datasets import voc_palette
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation import export
+from ssepa_lib.evaluation import inference
 from ssepa_lib.evaluation.export import (
-    SUBMISSION_FOLDER,
     export_pseudo_labels,
-    export_submission,
     overlay_image,
     palette_image,
     predict_folder,
-    validate_submission,
 )
+from ssepa_lib.evaluation.submission import SUBMISSION_FOLDER, export_submission, validate_submission
 
 
 class VocNetwork(ColourNetwork):
@@ -40,20 +38,15 @@ def opened(path):
         return image.mode, image.getpalette(), np.array(image)
 
 
-def unchanged(jobs, processes):
-    for _, probabilities, rest in jobs:
-        yield probabilities.argmax(0).astype(np.uint8), rest
-
-
-@pytest.mark.parametrize("inference", ["raw", "ms", "crf"])
-def test_predict_folder_writes_masks_overlays_and_tables(tmp_path, monkeypatch, inference):
-    monkeypatch.setattr(export, "crf_pool", unchanged)
+@pytest.mark.parametrize("test_time", ["single", "ms", "ms_crf"])
+def test_predict_folder_writes_masks_overlays_and_tables(tmp_path, monkeypatch, test_time):
+    monkeypatch.setattr(inference, "crf_pool", without_crf)
     data = TwoImages()
     (tmp_path / "mine").mkdir()
     data.image(0).save(tmp_path / "mine" / "first.png")
     data.image(1).save(tmp_path / "mine" / "second.PNG", format="PNG")
     out = predict_folder(
-        ColourNetwork(), recipe(), tmp_path / "mine", tmp_path / "out", device="cpu", inference=inference
+        ColourNetwork(), recipe(), tmp_path / "mine", tmp_path / "out", device="cpu", test_time=test_time
     )
     for i, name in enumerate(("first", "second")):
         mode, palette, ids = opened(out / f"{name}.png")
@@ -92,7 +85,7 @@ def test_predict_folder_does_not_write_over_the_images(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for out in (tmp_path, tmp_path / "link"):
         with pytest.raises(UserError, match="holds your images"):
-            predict_folder(ColourNetwork(), recipe(), tmp_path, out, device="cpu", inference="raw")
+            predict_folder(ColourNetwork(), recipe(), tmp_path, out, device="cpu", test_time="single")
     assert (tmp_path / "mine.png").read_bytes() == before and not (tmp_path / "classes.csv").exists()
 
 
@@ -105,11 +98,11 @@ def test_overlay_colours_foreground_only_and_names_it():
     assert out.shape[0] > 20 and out[20:].min() < 50  # the legend's text
 
 
-@pytest.mark.parametrize("inference", ["raw", "ms", "crf"])
-def test_pseudo_labels_at_original_size(tmp_path, monkeypatch, inference):
-    monkeypatch.setattr(export, "crf_pool", unchanged)
+@pytest.mark.parametrize("test_time", ["single", "ms", "ms_crf"])
+def test_pseudo_labels_at_original_size(tmp_path, monkeypatch, test_time):
+    monkeypatch.setattr(inference, "crf_pool", without_crf)
     data = TwoImages()
-    out = export_pseudo_labels(ColourNetwork(), recipe(8), data, tmp_path, device="cpu", inference=inference)
+    out = export_pseudo_labels(ColourNetwork(), recipe(8), data, tmp_path, device="cpu", test_time=test_time)
     for i, id in enumerate(data.ids):
         mode, _, ids = opened(out / f"{id}.png")
         assert mode == "P" and ids.shape == data.mask(i).shape
@@ -129,7 +122,7 @@ def test_pseudo_labels_need_labels(tmp_path):
 def test_submission_layout_and_content(tmp_path):
     data = TwoImages(masks=False)
     archive = export_submission(
-        VocNetwork(), recipe(), data, tmp_path / "voc.tgz", device="cpu", inference="raw"
+        VocNetwork(), recipe(), data, tmp_path / "voc.tgz", device="cpu", test_time="single"
     )
     with tarfile.open(archive) as tar:
         assert tar.getnames() == [f"{SUBMISSION_FOLDER}/{id}.png" for id in data.ids]
@@ -152,7 +145,7 @@ def test_nothing_is_left_when_a_submission_fails(tmp_path):
 
     with pytest.raises(UserError, match="unreadable"):
         export_submission(
-            VocNetwork(), recipe(), Broken(), tmp_path / "voc.tgz", device="cpu", inference="raw"
+            VocNetwork(), recipe(), Broken(), tmp_path / "voc.tgz", device="cpu", test_time="single"
         )
     assert not list(tmp_path.iterdir())
 

@@ -19,7 +19,7 @@ from ssepa_lib.data import SegmentationDataset, eval_batches
 from ssepa_lib.device import autocast
 from ssepa_lib.evaluation.multiscale import background_and_cam, cam_view, merge_scales, scale_logits
 from ssepa_lib.evaluation.results import OUTPUTS, TEST_TIME, require_known
-from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.labels.cam import Cams, multi_scale_cam
 from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler
 from ssepa_lib.labels.refine import Refiner, build_refiner
@@ -53,6 +53,7 @@ class Prediction:
         self.id, self.index, self.label = id, index, batch.labels[place]
         self._batch, self._place = batch, place
         self.mask, self._image = original
+        self._segmentation: dict[str, Tensor] = {}
 
     @property
     def image(self) -> Image.Image:
@@ -81,7 +82,9 @@ class Prediction:
 
     def segmentation(self, mode: str = "single") -> Tensor:
         """Segmentation logits at original size, [C+1, H, W]."""
-        return merge_scales(self.logits(mode), self.size)[0]
+        if mode not in self._segmentation:
+            self._segmentation[mode] = merge_scales(self.logits(mode), self.size)[0]
+        return self._segmentation[mode]
 
     def labels(self, output: str, mode: str = "single") -> Tensor:
         """Class ids [H, W] at original size of the `segmentation`, or the `pseudo_label` after PAR."""
@@ -91,7 +94,7 @@ class Prediction:
         return F.interpolate(pseudo[None, None].float(), size=self.size, mode="nearest")[0, 0].long()
 
     def crf_job(self, output: str) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """What the dense CRF starts from: image [H, W, 3], probabilities [X, H, W] and their class ids [X]."""
+        """Input of the dense CRF: image [H, W, 3], probabilities [X, H, W] and their class ids [X]."""
         if output == "segmentation":
             probabilities = self.segmentation("ms").softmax(0)
             channels = torch.arange(len(probabilities), device=self.label.device)
@@ -138,7 +141,8 @@ def infer(
     if set(outputs) <= {"segmentation"}:
         refiners = {}
     segment = "segmentation" in outputs and "single" in test_time
-    walk = _Walk(network, recipe, dataset, device, refiners, segment)
+    labeler = PseudoLabeler(recipe.cam).to(device)
+    walk = _Walk(network, recipe, dataset, device, refiners, labeler, segment)
     return _predictions(walk, keep_images or "ms_crf" in test_time, progress)
 
 
@@ -193,8 +197,10 @@ class _WithOriginals(SegmentationDataset):
         return self.dataset.label(i)
 
     def mask(self, i: int) -> tuple[Tensor | None, Image.Image | None]:
-        image = self.last[1] if self.last[0] == i else self.dataset.image(i)
+        place, image = self.last
         self.last = (-1, None)
+        if self.keep and place != i:
+            image = self.dataset.image(i)
         return self.dataset.mask(i), image if self.keep else None
 
 
@@ -207,6 +213,7 @@ class _Walk:
     dataset: SegmentationDataset
     device: torch.device
     refiners: Mapping[str, Refiner | None]
+    labeler: PseudoLabeler
     segment: bool
 
     @contextmanager
@@ -259,26 +266,17 @@ class _Batch:
         def pack(maps: Tensor) -> list[Tensor]:
             return [m[classes] for m, classes in zip(maps, present, strict=True)]  # B × [P, h, w]
 
-        refined, first = {}, None
-        for name, refiner in (self.walk.refiners or {"": None}).items():
-            config = cam_view(self.walk.recipe.cam, mode)
-            cams = multi_scale_cam(
-                self.walk.network, self.images, self.labels, config, refiner, first=self.output()
-            )
-            refined[name] = pack(cams.for_labels)
-            if first is None:
-                first = pack(cams.main), pack(cams.auxiliary), refined[name]
-        main, auxiliary, for_labels = first
-        return [
-            Maps(
-                classes,
-                main[i],
-                auxiliary[i],
-                {name: refined[name][i] for name in self.walk.refiners},
-                for_labels[i],
-            )
-            for i, classes in enumerate(present)
-        ]
+        def cams(refiner: Refiner | None) -> Cams:
+            config, first = cam_view(self.walk.recipe.cam, mode), self.output()
+            return multi_scale_cam(self.walk.network, self.images, self.labels, config, refiner, first=first)
+
+        names = list(self.walk.refiners)
+        first = cams(self.walk.refiners[names[0]] if names else None)
+        main, auxiliary, for_labels = pack(first.main), pack(first.auxiliary), pack(first.for_labels)
+        refined = {name: pack(cams(self.walk.refiners[name]).for_labels) for name in names[1:]}
+        refined = {name: for_labels for name in names[:1]} | refined
+        own = [{name: maps[i] for name, maps in refined.items()} for i in range(len(present))]
+        return [Maps(*parts) for parts in zip(present, main, auxiliary, own, for_labels, strict=True)]
 
     @_once
     def pseudo_labels(self, mode: str) -> Tensor:
@@ -286,8 +284,7 @@ class _Batch:
         cam = self.images.new_zeros(*self.labels.shape, *self.images.shape[-2:], dtype=torch.float32)
         for full, maps in zip(cam, self.maps(mode), strict=True):
             full[maps.present] = maps.for_labels
-        labeler = PseudoLabeler(cam_view(self.walk.recipe.cam, mode)).to(self.walk.device)
-        return labeler.labels(self.images.float(), cam, self.labels)
+        return self.walk.labeler.labels(self.images.float(), cam, self.labels)
 
 
 def _base(mode: str) -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multilabel_average_precision
 
-from ssepa_lib.data.datasets import IGNORE
+from ssepa_lib.data import IGNORE
 
 BOUNDARY = 0.02  # width of the boundary band as a share of the image diagonal (Cheng et al., CVPR 2021)
 

@@ -1,32 +1,27 @@
-"""Attention statistics and activation accounting."""
+"""Attention statistics, similarity of heads, robustness to noise."""
 
 import math
 
 import pandas as pd
 import pytest
-import timm
 import torch
-from torch import nn
+from ssepa_lib.compose import load_recipe
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.analysis import (
-    affinity_map_bytes,
-    analytic_activation_bytes,
+from ssepa_lib.evaluation.attention import (
     attention_entropy,
     attention_statistics,
     class_attention,
     deep_layers,
     deep_summary,
+    head_similarity,
     layer_maps,
     map_statistics,
+    noise_robustness,
     patch_distances,
-    peak_memory,
-    saved_activation_bytes,
+    relative_changes,
 )
-from ssepa_lib.model.affinity import PatchAffinity
-from ssepa_lib.model.backbone import Backbone
-from ssepa_lib.model.network import Network
-from ssepa_lib.recipe import load_recipe
+from ssepa_lib.model import Attention, Network, PatchAffinity
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
@@ -62,9 +57,11 @@ def test_map_statistics_by_hand():
     distance = (
         0.5 * 16 + 1.0 * 16
     ) / 2  # patch 0 gives half of its attention among patches to patch 1, patch 1 all
-    statistics = map_statistics(attention, patch_distances((1, 2), (16, 16)), prefix=1)
+    statistics = map_statistics(attention, patch_distances((1, 2), (16, 16)), num_prefix_tokens=1)
     assert statistics[0].tolist() == pytest.approx([entropy, distance, 0.35])
-    assert map_statistics(attention[:, 1:, 1:], patch_distances((1, 2), (16, 16)), prefix=0)[0, 2].isnan()
+    assert map_statistics(attention[:, 1:, 1:], patch_distances((1, 2), (16, 16)), num_prefix_tokens=0)[
+        0, 2
+    ].isnan()
 
 
 @torch.no_grad()
@@ -76,7 +73,7 @@ def test_streaming_equals_dense_over_unequal_batches():
     assert len(table) == 3 * 2 and (table["images"] == 4).all()
 
     out = net.backbone(torch.cat(batches), capture=True)
-    operator = PatchAffinity(out.queries, out.keys, out.prefix)
+    operator = PatchAffinity(out.attention)
     rows, columns = torch.arange(12) // 3, torch.arange(12) % 3
     pixels = 8 * torch.hypot((rows[:, None] - rows).float(), (columns[:, None] - columns).float())
     for layer in range(3):
@@ -91,7 +88,7 @@ def test_streaming_equals_dense_over_unequal_batches():
 
 def test_maps_are_yielded_one_image_at_a_time():
     queries, keys = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
-    maps = list(layer_maps(queries, keys))
+    maps = list(layer_maps(Attention([keys, queries], [keys, keys], 1, (2, 2)), 1))
     assert [m.shape for m in maps] == [(3, 5, 5)] * 2
     torch.testing.assert_close(torch.stack(maps), (queries @ keys.mT / 2).softmax(-1))
 
@@ -133,7 +130,7 @@ def test_class_attention_of_backbone_and_aggregator():
     net, image = network().eval(), images(2)
     with torch.no_grad():
         out = net.backbone(image, capture=True)
-        expected = PatchAffinity(out.queries, out.keys, out.prefix).layer_map(1)[:, :, 0, 1:]
+        expected = PatchAffinity(out.attention).layer_map(1)[:, :, 0, 1:]
     torch.testing.assert_close(class_attention(net, image, layer=1).flatten(2), expected)
     maps = class_attention(network("mca").eval(), image)
     assert maps.shape == (2, 2, 4, 3)
@@ -142,82 +139,54 @@ def test_class_attention_of_backbone_and_aggregator():
         class_attention(network("gap"), image)
 
 
-def test_saved_bytes_of_a_known_graph():
-    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
-
-    def step():
-        hidden = layer(x)  # saves x: 5·4 values
-        activated = hidden.tanh()  # saves its output: 5·3
-        return (activated * activated).sum()  # saves the same storage twice more
-
-    assert saved_activation_bytes(step, layer) == 4 * (20 + 15)
-    assert saved_activation_bytes(step) == 4 * (20 + 15)  # the weight is not saved: x needs no gradient
-    x.requires_grad_()
-    assert saved_activation_bytes(step, layer) == 4 * (20 + 15)
-    assert saved_activation_bytes(step) == 4 * (20 + 15 + 12)
-    with torch.no_grad():
-        assert saved_activation_bytes(step, layer) == 0
+def test_similarity_of_equal_opposite_and_mixed_heads():
+    one, other = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 3.0], [0.0, 0.0]])
+    assert head_similarity(torch.stack([one, 2 * one, one])) == pytest.approx(1)
+    assert head_similarity(torch.stack([one, other])) == pytest.approx(0)
+    between = one + other / 3  # at 45° to both
+    assert head_similarity(torch.stack([one, other, between])) == pytest.approx(2 * 0.5**0.5 / 3)
+    assert head_similarity(one[None]).isnan()
 
 
-def test_saved_bytes_do_not_count_graphs_already_dropped():
-    x = torch.randn(100, requires_grad=True)
-
-    def step():
-        x.exp().exp()  # dropped at once
-        return x.tanh()
-
-    assert saved_activation_bytes(step) == 400
+def test_similarity_equals_the_loop_over_pairs():
+    maps = torch.rand(2, 3, 5, 5).softmax(-1)
+    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
+    each = [torch.cosine_similarity(maps[:, a].flatten(1), maps[:, b].flatten(1)) for a, b in pairs]
+    torch.testing.assert_close(head_similarity(maps), torch.stack(each).mean(0))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_formula_equals_the_measured_bytes(checkpointing):
-    recipe = load_recipe("shapes/toco", {"model.backbone_args": TINY, "model.weights": "none"})
-    backbone, image = Backbone(recipe.model, checkpointing=checkpointing), images(2, (32, 32))
-    measured = saved_activation_bytes(lambda: backbone(image), backbone)
-    terms = analytic_activation_bytes(2, 17, 24, 3, 2, pixels=3 * 32 * 32, checkpointing=checkpointing)
-    assert measured == sum(terms.values())
+def test_relative_changes_by_hand():
+    clean = torch.tensor([[[3.0], [4.0]], [[5.0], [0.0]]])  # two heads, two patches, one class; norms 5 and 5
+    noisy = clean + torch.tensor([[[1.0], [0.0]], [[-1.0], [2.0]]])
+    mean = math.hypot(4, 2)
+    found = relative_changes(clean, noisy)
+    assert found["single_head"] == pytest.approx((1 / 5 + math.sqrt(5) / 5) / 2)
+    assert found["mean_one_noisy"] == pytest.approx((1 / 2 + math.sqrt(5) / 2) / 2 / mean)
+    assert found["mean_all_noisy"] == pytest.approx(math.hypot(0, 1) / mean)
 
 
-def test_formula_holds_under_autocast_and_with_plain_attention(monkeypatch):
-    recipe = load_recipe("shapes/toco", {"model.backbone_args": TINY, "model.weights": "none"})
-    backbone, image = Backbone(recipe.model), images(2, (32, 32))
+def test_noise_in_equal_heads_averages_out():
+    heads = 16
+    logits, cam = torch.randn(1, 41, 41).expand(heads, -1, -1), torch.rand(40, 3)
 
-    def autocast():
-        with torch.autocast("cpu", torch.bfloat16):
-            return backbone(image)
+    def changes(size):
+        generator = torch.Generator().manual_seed(0)
+        return noise_robustness(logits, cam, size, num_prefix_tokens=1, generator=generator)
 
-    terms = analytic_activation_bytes(2, 17, 24, 3, 2, pixels=3 * 32 * 32, value=2)
-    in_float32 = (
-        3 * (3 * 2 + 4) * 2 * 17 * 24
-    )  # three layers: queries, keys, values; the output beside its bf16 copy
-    assert saved_activation_bytes(autocast, backbone) == sum(terms.values()) + in_float32
-    monkeypatch.setattr("ssepa_lib.model.backbone.SHORT", 0)
-    assert saved_activation_bytes(autocast, backbone) == sum(terms.values())
-
-    timm.layers.set_fused_attn(False)
-    try:
-        plain = Backbone(recipe.model)
-    finally:
-        timm.layers.set_fused_attn(True)
-    terms = analytic_activation_bytes(2, 17, 24, 3, 2, pixels=3 * 32 * 32, fused=False)
-    assert saved_activation_bytes(lambda: plain(image), plain) == sum(terms.values())
+    found = changes(0.1)
+    assert found["mean_all_noisy"] == pytest.approx(found["single_head"] / heads**0.5, rel=0.25)
+    assert found["mean_one_noisy"] == pytest.approx(found["single_head"] / heads, rel=1e-4)
+    assert changes(0.2)["single_head"] == pytest.approx(2 * found["single_head"], rel=0.1)
+    assert set(changes(0).values()) == {0.0}
 
 
-@pytest.mark.parametrize("strategy", ["all_heads", "haaf_dense", "haaf_fused"])
-def test_affinity_maps_are_as_large_as_said(strategy):
-    out = network().backbone(images(2), capture=True)
-    operator = PatchAffinity(out.queries, out.keys, out.prefix, strategy=strategy)
-    stacked = affinity_map_bytes(2, 13, 3, 2, strategy)
-    peak = peak_memory(lambda: operator @ torch.zeros(2, 12, 1), "cpu")
-    assert peak >= stacked
-    assert stacked == {"all_heads": 3 * 2, "haaf_dense": 3, "haaf_fused": 0}[strategy] * 2 * 13 * 13 * 4
-
-
-def test_peak_memory_counts_what_lives_together():
-    def step():
-        a = torch.zeros(1000)
-        b = torch.zeros(1000)
-        del a
-        return b, torch.zeros(500)
-
-    assert peak_memory(step, "cpu") == 8000
+def test_noise_reaches_the_map_through_the_softmax():
+    logits, cam = torch.tensor([[[0.0, 2.0], [2.0, 0.0]]]), torch.tensor([[1.0], [0.0]])
+    draw = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(3))
+    noisy = logits + 0.5 * draw * math.sqrt(4 / 3)  # the standard deviation of 0, 2, 2, 0
+    before = [1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))]
+    after = [1 / (1 + math.exp(float(row[1] - row[0]))) for row in noisy[0]]
+    expected = math.dist(before, after) / math.hypot(*before)
+    generator = torch.Generator().manual_seed(3)
+    found = noise_robustness(logits, cam, 0.5, num_prefix_tokens=0, generator=generator)
+    assert found == pytest.approx(dict.fromkeys(found, expected))
