@@ -139,6 +139,16 @@ def explain(key: str) -> str:
     return "\n".join(lines)
 
 
+def list_parts() -> str:
+    """The parts of which recipes are made, each with the first line of its file."""
+    lines = []
+    for kind in KINDS:
+        lines.append(f"{kind}:")
+        for path in sorted((RECIPES / kind).glob("*.yaml")):
+            lines.append(f"  {path.stem:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    return "\n".join(lines)
+
+
 def _files(name: str) -> list[Path]:
     """The YAML files behind `data/method[/backbone]`, in merge order."""
     parts = name.split("/")

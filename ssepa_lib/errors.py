@@ -1,5 +1,13 @@
 """The one exception a user is meant to read."""
 
+import difflib
+
 
 class UserError(Exception):
-    """Bad input: one sentence that names the file or setting and the remedy; the command line exits with 2."""
+    """Bad input: one sentence that names the file or setting and the remedy; the command line ends with 2."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint at the known name that looks most like the given one."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."

@@ -4,7 +4,6 @@
 well as by `dataclasses.replace`; its report becomes one sentence with setting, value and what is allowed.
 """
 
-import difflib
 from dataclasses import MISSING, asdict, field, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -12,7 +11,7 @@ from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import UserError, nearest
 
 
 class NotTrained:
@@ -78,12 +77,6 @@ def info(section: type[Section], name: str) -> FieldInfo:
 def is_trained(section: type[Section], name: str) -> bool:
     """Whether the field may change the trained weights."""
     return NotTrained not in info(section, name).metadata
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A hint at the known name that looks most like the given one."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."
 
 
 def allowed(kind: Any, metadata: tuple | list = ()) -> str:

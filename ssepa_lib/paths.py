@@ -25,11 +25,11 @@ def coco_root() -> Path:
 
 
 def folder_root() -> str:
-    """Folder of your own images (the one that holds `images/` and `labels.csv`): `FOLDER_ROOT`, empty if not set."""
+    """Folder of your own images (it holds `images/` and `labels.csv`): `FOLDER_ROOT`, empty if not set."""
     root = os.environ.get("FOLDER_ROOT")
     return str(Path(root).resolve()) if root else ""
 
 
 def weights_root() -> Path:
-    """Folder searched for `<backbone>.safetensors` before timm downloads: `SSEPA_WEIGHTS`, default `data/weights`."""
+    """Folder of `<backbone>.safetensors`, read before timm's: `SSEPA_WEIGHTS`, default `data/weights`."""
     return Path(os.environ.get("SSEPA_WEIGHTS") or PROJECT / "data" / "weights")

@@ -66,6 +66,11 @@ class Recipe(Section):
         return round(self.losses.segmentation_start * self.train.steps)
 
     @property
+    def contrast_step(self) -> int:
+        """First step at which the contrast terms count (0 in the papers but for ToCo on COCO)."""
+        return round(self.losses.contrast_start * self.train.steps)
+
+    @property
     def warmup_steps(self) -> int:
         """Steps of linear warm-up (1500 of 20 000 in the paper)."""
         return round(self.optim.warmup * self.train.steps)

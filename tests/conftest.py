@@ -1,13 +1,19 @@
-"""Shared small things: a two-layer network on 32-pixel images, and the optional real data."""
+"""Shared small things: a four-layer network on 32-pixel images, and the optional real data."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from ssepa_lib.compose import load_recipe
+from ssepa_lib.data import Batch, build_dataset, train_loader
+from ssepa_lib.methods import TrainStep, take_step
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training import Trainer
+
+EVERYTHING = {"cams", "token_label", "pseudo_label"}  # that an objective can need
 
 TINY = {
     "model.backbone": "vit_tiny_patch16_224",
@@ -43,6 +49,29 @@ def tiny():
         return load_recipe(f"shapes/{method}", {**TINY, **overrides})
 
     return make
+
+
+@pytest.fixture
+def trainer_for():
+    """Factory of a trainer on the CPU and its batches: `trainer, batches = trainer_for(recipe)`."""
+
+    def make(recipe: Recipe) -> tuple[Trainer, Iterator[Batch]]:
+        dataset = build_dataset(recipe.data, "train")
+        return Trainer(recipe, dataset.classes, torch.device("cpu")), iter(train_loader(dataset, recipe))
+
+    return make
+
+
+@pytest.fixture
+def step_of(trainer_for):
+    """Factory of a trainer and a function that repeats its first step: `trainer, make = step_of(recipe)`."""
+
+    def prepare(recipe: Recipe) -> tuple[Trainer, Callable[[], TrainStep]]:
+        trainer, batches = trainer_for(recipe)
+        batch = next(batches)
+        return trainer, lambda: take_step(trainer.network, recipe, batch, 0, trainer.labeler, EVERYTHING)
+
+    return prepare
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 import torch
-from ssepa_lib.compose import load_recipe
 
+from ssepa_lib.compose import load_recipe
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.attention import (
     attention_entropy,

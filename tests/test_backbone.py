@@ -1,3 +1,5 @@
+"""The backbone against timm, for many transformers, sizes and weight files."""
+
 from functools import partial
 
 import pytest
@@ -7,7 +9,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.analysis import saved_activation_bytes
+from ssepa_lib.evaluation.memory import saved_activation_bytes
 from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.recipe import ModelConfig
 
@@ -53,8 +55,11 @@ def test_other_vision_transformers(name, prefix):
     backbone = Backbone(ModelConfig(backbone=name, weights="none")).eval()
     with torch.no_grad():
         out = backbone(torch.rand(1, 3, 56, 84) * 255, capture=True)
-    assert out.prefix == prefix and len(out.queries) == backbone.depth
-    assert out.queries[0].shape[2] == prefix + out.grid[0] * out.grid[1] == out.keys[-1].shape[2]
+    attention, patches = out.attention, out.grid[0] * out.grid[1]
+    assert backbone.num_prefix_tokens == attention.num_prefix_tokens == prefix
+    assert len(attention.queries) == len(attention.keys) == attention.depth == backbone.depth
+    assert attention.queries[0].shape[2] == prefix + patches == attention.keys[-1].shape[2]
+    assert attention.patches == patches and attention.grid == out.grid and attention.heads == backbone.heads
 
 
 def test_captured_attention_is_the_attention_that_was_used():
@@ -65,8 +70,8 @@ def test_captured_attention_is_the_attention_that_was_used():
     attention.attn_drop.register_forward_hook(lambda m, i, o: used.setdefault("map", o))
     backbone(image)
     attention.fused_attn = True
-    out = backbone(image, capture=True)
-    q, k = out.queries[2], out.keys[2]
+    taken = backbone(image, capture=True).attention
+    q, k = taken.queries[2], taken.keys[2]
     torch.testing.assert_close((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1), used["map"])
 
 
@@ -98,17 +103,17 @@ def test_checkpointing_changes_no_gradient(capture):
         out = backbone(image, capture=capture)
         out.patches.square().sum().backward()
         grads.append(backbone.vit.blocks[0].attn.qkv.weight.grad)
-        assert len(out.queries) == len(out.keys) == capture * backbone.depth, (
-            "not recorded again when recomputed"
-        )
+        recorded = [] if out.attention is None else [len(out.attention.queries), len(out.attention.keys)]
+        assert recorded == [backbone.depth] * 2 * capture, "not recorded again when recomputed"
         kept.append(saved_activation_bytes(partial(backbone, image, capture=capture), backbone))
     torch.testing.assert_close(*grads)
     assert 2 * kept[1] < kept[0], "blocks are recomputed, with affinity too"
 
 
 def test_pooled_class_token_drops_prefix_tokens():
-    out = micro(aggregator="gap")(torch.rand(1, 3, 32, 32) * 255)
-    assert out.prefix == 0 and out.cls is None and out.patches.shape == (1, 16, 32)
+    backbone = micro(aggregator="gap")
+    out = backbone(torch.rand(1, 3, 32, 32) * 255)
+    assert backbone.num_prefix_tokens == 0 and out.cls is None and out.patches.shape == (1, 16, 32)
 
 
 def test_class_token_may_stay_in_the_blocks_of_an_aggregator():
@@ -116,7 +121,7 @@ def test_class_token_may_stay_in_the_blocks_of_an_aggregator():
     kept, plain = micro(aggregator="mca", keep_class_token=True), micro()
     kept.load_state_dict(plain.state_dict())
     torch.testing.assert_close(kept(image).patches, plain(image).patches)
-    assert kept(image).prefix == 1 and kept.vit.cls_token.requires_grad
+    assert kept.num_prefix_tokens == 1 and kept.vit.cls_token.requires_grad
 
 
 def test_weights_round_trip(tmp_path):
@@ -165,7 +170,7 @@ class AttentionDtypes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("side, dtype", [(32, torch.float32), (96, torch.bfloat16)])
-def test_training_on_a_processor_attends_to_short_sequences_in_float32(side, dtype):
+def test_training_on_a_cpu_attends_to_short_sequences_in_float32(side, dtype):
     backbone, image = micro(), torch.rand(1, 3, side, side) * 255
     for grad, expected in ((True, dtype), (False, torch.bfloat16)):
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16), AttentionDtypes() as mode:

@@ -1,7 +1,14 @@
-import pytest
-from omegaconf import OmegaConf
+"""The command line: every command, what its help says, and bad input in one sentence."""
 
-from ssepa_lib.cli import _pairs, main
+import inspect
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from ssepa_lib.cli import COMMANDS, main
 from ssepa_lib.compose import load_recipe, save_recipe
 
 
@@ -36,7 +43,16 @@ def test_train_evaluate_predict_and_pseudo_labels(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
         main(
-            ["predict", str(run), "--images", str(tmp_path / "mine"), "--out", str(out), "--inference", "raw"]
+            [
+                "predict",
+                str(run),
+                "--images",
+                str(tmp_path / "mine"),
+                "--out",
+                str(out),
+                "--test-time",
+                "single",
+            ]
         )
         == 0
     )
@@ -69,6 +85,20 @@ def test_haaf_writes_its_table_and_figure(run, tmp_path, capsys):
         (["submission", "new.tgz"], "--run RUN"),
         (["submission", "new.tgz", "--check"], "no-voc"),
         (["workbook", "--preset", "none_such"], "none_such"),
+        (["recipe", "--explain", "model.backbon"], "did you mean model.backbone?"),
+        (["data", "voc", "sbd"], "data verify"),
+        (["data", "mnist"], "mnist"),
+        (["study", "shapes"], "one or more methods"),
+        (["evaluat"], "did you mean evaluate?"),
+        (["evaluate"], "RUN"),
+        (["evaluate", "x", "--split"], "--split"),
+        (["evaluate", "x", "--images", "many"], "many"),
+        (["evaluate", "x", "--test-time", "crf"], "'crf'"),
+        (["evaluate", "x", "--nonsense"], "--nonsense"),
+        (["haaf", "x", "--device", "gpu"], "'gpu'"),
+        (["haaf", "x", "--iterations", "0"], "x"),
+        (["tables", "4"], "'4'"),
+        (["bench", "--quick", "--full"], "--full"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, monkeypatch, capsys):
@@ -110,16 +140,16 @@ def test_submission_reads_the_folder_of_the_run(voc_test, tmp_path, monkeypatch)
     seen = []
     monkeypatch.setenv("VOC_ROOT", str(voc_test))
     monkeypatch.setattr(
-        "ssepa_lib.evaluation.export.export_submission",
-        lambda n, r, data, *_, **__: seen.append(data.images[0]),
+        "ssepa_lib.evaluation.export_submission", lambda n, r, data, *_, **__: seen.append(data.images[0])
     )
     other = voc_test.rename(tmp_path / "other")
     for name, root, expected in (("voc", other, 0), ("voc", "", 2), ("folder", other, 2)):
         recipe = load_recipe(f"{name}/toco", {"data.root": str(root)})
+        save_recipe(recipe, tmp_path / "mine" / "recipe.yaml")
         monkeypatch.setattr(
-            "ssepa_lib.training.trainer.load_run", lambda *_, recipe=recipe: (torch.nn.Linear(1, 1), recipe)
+            "ssepa_lib.training.run.load_run", lambda *_, recipe=recipe: (torch.nn.Linear(1, 1), recipe)
         )
-        assert main(["submission", "new.tgz", "--run", "mine"]) == expected
+        assert main(["submission", "new.tgz", "--run", str(tmp_path / "mine")]) == expected
     assert seen == [other / "JPEGImages" / "one.jpg"]
 
 
@@ -129,18 +159,57 @@ def test_set_takes_lists_and_numbers_of_the_backbone(capsys):
         "model.backbone_args={depth: 4}",
         "model.backbone_args.mlp_ratio=2e0",
         "model.backbone_args.qkv_bias=false",
-        "model.weights=[x",
     ]
-    assert main(["recipe", "voc/toco", *(f"--set={item}" for item in changes[:-1])]) == 0
-    made = OmegaConf.create(capsys.readouterr().out)
-    assert made.eval.scales == [1.0, 2.0]
-    assert made.model.backbone_args == {"depth": 4, "mlp_ratio": 2.0, "qkv_bias": False}
-    assert main(["recipe", "voc/toco", "--set", changes[-1]]) == 2
-    assert _pairs(["seeds=[1, 2]", "lr=6e-5", "train.steps=5"]) == {
-        "seeds": "[1, 2]",
-        "lr": "6e-5",
-        "train.steps": "5",
-    }
+    assert main(["recipe", "voc/toco", *(f"--set={item}" for item in changes)]) == 0
+    made = yaml.safe_load(capsys.readouterr().out)
+    assert made["eval"]["scales"] == [1.0, 2.0]
+    assert made["model"]["backbone_args"] == {"depth": 4, "mlp_ratio": 2.0, "qkv_bias": False}
+
+
+def test_options_arrive(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("ssepa_lib.workbook.runner.run_workbook", lambda *given: seen.update(workbook=given))
+    options = [
+        "--preset",
+        "voc",
+        "--only",
+        "03",
+        "--only",
+        "04",
+        "--from",
+        "02",
+        "-p",
+        "seed=1",
+        "-p",
+        "a=[1, 2]",
+    ]
+    assert main(["workbook", *options]) == 0
+    assert seen["workbook"] == ("voc", ["03", "04"], "02", {"seed": "1", "a": "[1, 2]"})
+    monkeypatch.setattr(
+        "ssepa_lib.benchmarks.bench.run_suites", lambda *given, **named: seen.update(bench=(given, named))
+    )
+    assert main(["bench", "par", "crf", "--quick", "--device", "cpu"]) == 0
+    assert seen["bench"] == ((["par", "crf"], None), {"quick": True, "full": False, "device": "cpu"})
+    result = {"miou": {}, "setting": {}}
+    monkeypatch.setattr(
+        "ssepa_lib.evaluation.evaluate_run", lambda *given, **named: seen.update(evaluate=named) or result
+    )
+    assert main(["evaluate", "x", "--size", "0", "--test-time", "single", "ms_crf", "--images", "5"]) == 0
+    assert seen["evaluate"]["size"] == 0 and seen["evaluate"]["test_time"] == ("single", "ms_crf")
+
+
+def test_study_writes_its_tables(run, tiny, tmp_path, monkeypatch, capsys):
+    def tiny_recipe(preset, method, *, steps, seed, device, changes):
+        return replace(tiny(method, **{"train.seed": seed, **changes}), name=f"{preset}/{method}")
+
+    monkeypatch.setattr("ssepa_lib.workbook.study.recipe_for", tiny_recipe)
+    options = ["--seeds", "0", "1", "--splits", "val", "--device", "cpu", "--set", "train.steps=2"]
+    assert main(["study", "shapes", "toco", "ssepa", "--run-name", "try", *options]) == 0
+    out = capsys.readouterr().out
+    assert "## val: mIoU, %" in out and "## val: difference from toco" in out and "toco-try-seed1" in out
+    tables = tmp_path / "results" / "shapes" / "tables"
+    assert (tables / "study-try.md").read_text() in out + "\n"
+    assert len((tables / "study-try.csv").read_text().splitlines()) == 5
 
 
 def test_recipe_prints_what_a_recipe_file_reads(tmp_path, capsys):
@@ -152,14 +221,37 @@ def test_recipe_prints_what_a_recipe_file_reads(tmp_path, capsys):
     assert "ssepa_affinity" in capsys.readouterr().out
 
 
-def test_help_of_every_command(capsys):
-    commands = (
-        "workbook train evaluate predict pseudo-labels submission data recipe study haaf tables bench gpu"
-    )
-    for command in [*commands.split(), "pretrain"]:
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+def test_recipe_explains(capsys):
+    assert main(["recipe", "--explain", "model.backbone"]) == 0
+    assert capsys.readouterr().out.startswith("model.backbone: a text\n  A timm model name")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "usage" in shown
+    assert f"Example: python -m ssepa_lib {command}" in shown
+    for name in inspect.signature(COMMANDS[command]).parameters.values():
+        if name.kind is name.KEYWORD_ONLY and name.name not in ("changes", "start"):
+            assert f"--{name.name.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"]])
+def test_help_is_fast(arguments):
+    def seconds():
+        code = (
+            "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)"
+        )
+        command = [sys.executable, "-c", code, sys.executable, "-m", "ssepa_lib", *arguments]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert min(seconds() for _ in range(3)) < 0.5
+    loaded = "import sys; from ssepa_lib import cli; print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert shown.stdout == "False False\n"
 
 
 def test_verify_lists_what_is_missing(tmp_path, capsys):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ssepa_lib.data.images import voc_palette
 from toy_network import CLASSES, ColourNetwork, TwoImages, recipe, without_crf
 
+from ssepa_lib.data.images import voc_palette
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import inference
 from ssepa_lib.evaluation.export import (

@@ -33,9 +33,9 @@ def legend_texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-def test_show_mask_names_the_classes_it_shows(sample):
+def test_plot_mask_names_the_classes_it_shows(sample):
     image, mask = sample
-    ax = figures.show_mask(mask, CLASSES, title="truth")
+    ax = figures.plot_mask(mask, CLASSES, title="truth")
     assert legend_texts(ax) == ["square", "not labelled"] and ax.get_title() == "truth"
     colours = ax.images[0].get_array()
     assert (
@@ -43,40 +43,40 @@ def test_show_mask_names_the_classes_it_shows(sample):
         and colours[0, 0].tolist() == [255] * 3
         and not colours[20, 20].any()
     )
-    over = figures.show_mask(mask, CLASSES, image=image).images[0].get_array()
-    assert (over[20] == image[:, 20].T.numpy()).all()  # background shows the picture
+    over = figures.plot_mask(mask, CLASSES, image=image).images[0].get_array()
+    assert (over[20] == image[:, 20].T.numpy()).all()  # background shows the image
 
 
 @pytest.mark.parametrize("convert", [lambda x: x, lambda x: x.permute(1, 2, 0).numpy(), lambda x: x.float()])
 def test_images_of_any_kind(sample, convert):
-    shown = figures.show_image(convert(sample[0])).images[0].get_array()
+    shown = figures.plot_image(convert(sample[0])).images[0].get_array()
     assert (shown == sample[0].permute(1, 2, 0).numpy()).all()
 
 
-def test_show_cam_covers_the_picture(sample):
-    ax = figures.show_cam(torch.eye(4), sample[0], bar="activation")
+def test_plot_cam_covers_the_image(sample):
+    ax = figures.plot_cam(torch.eye(4), sample[0], bar="activation")
     assert ax.images[1].get_array().shape == (24, 32) and ax.images[1].get_clim() == (0, 1)
     assert len(ax.figure.axes) == 2 and ax.figure.axes[1].get_ylabel() == "activation"
 
 
 def test_functions_draw_on_the_axes_given(sample):
     ax = plt.subplots()[1]
-    assert figures.show_cam(torch.rand(3, 4), sample[0], ax) is ax and len(plt.get_fignums()) == 1
+    assert figures.plot_cam(torch.rand(3, 4), sample[0], ax) is ax and len(plt.get_fignums()) == 1
 
 
 def test_cam_grid_layout(sample):
     image, mask = sample
     maps = {"CAM": [torch.rand(3, 4)] * 2, "HAAF": [torch.rand(3, 4)] * 2}
-    axes = figures.cam_grid([image] * 2, [mask] * 2, maps, CLASSES, ["circle", "square"])
+    axes = figures.plot_cam_grid([image] * 2, [mask] * 2, maps, CLASSES, ["circle", "square"])
     assert axes.shape == (2, 4)
     assert [ax.get_title() for ax in axes[0]] == ["input", "ground truth", "CAM", "HAAF"]
     assert [row[0].get_ylabel() for row in axes] == ["circle", "square"]
-    assert figures.cam_grid([image], None, {"CAM": maps["CAM"][:1]}, CLASSES).shape == (1, 2)
+    assert figures.plot_cam_grid([image], None, {"CAM": maps["CAM"][:1]}, CLASSES).shape == (1, 2)
 
 
 def test_mask_grid_has_one_legend_for_all(sample):
     image, mask = sample
-    axes = figures.mask_grid([image], {"truth": [mask], "ours": [torch.ones(24, 32)]}, CLASSES)
+    axes = figures.plot_mask_grid([image], {"truth": [mask], "ours": [torch.ones(24, 32)]}, CLASSES)
     assert axes.shape == (1, 3)
     assert [t.get_text() for t in axes[0, 0].figure.legends[0].get_texts()] == [
         "circle",
@@ -86,7 +86,7 @@ def test_mask_grid_has_one_legend_for_all(sample):
 
 
 def test_affinity_row_frames_its_patch(sample):
-    ax = figures.affinity_row(sample[0], torch.rand(12), patch=6, grid=(3, 4))
+    ax = figures.plot_affinity_row(sample[0], torch.rand(12), patch=6, grid=(3, 4))
     frame = ax.patches[-1]
     assert (frame.get_x() + 0.5, frame.get_y() + 0.5) == (16, 8)  # row 1, column 2 of 8-pixel patches
     assert (frame.get_width(), frame.get_height()) == (8, 8)
@@ -94,14 +94,14 @@ def test_affinity_row_frames_its_patch(sample):
 
 def test_layer_weights_above_single_layers():
     weights = {"trained": torch.tensor([[0.5, 1.5, 1.0], [1.5, 0.5, 1.0]]), "static": np.ones(3)}
-    axes = figures.layer_weights(weights, pd.Series([20.0, 30.0, 25.0]), uniform=28.0)
+    axes = figures.plot_layer_weights(weights, pd.Series([20.0, 30.0, 25.0]), uniform=28.0)
     assert axes[0].lines[0].get_ydata().tolist() == [1, 1, 1]
     assert [bar.get_height() for bar in axes[1].patches] == [20, 30, 25]
     assert "mIoU" in axes[1].get_ylabel() and "layer" in axes[1].get_xlabel()
-    assert len(figures.layer_weights(weights)) == 1
+    assert len(figures.plot_layer_weights(weights)) == 1
 
 
-def test_supervisions_are_sorted_and_marked_against_the_best_layer():
+def test_haaf_objectives_are_sorted_and_marked_against_the_best_layer():
     table = pd.DataFrame(
         {
             "affinity": [
@@ -117,7 +117,7 @@ def test_supervisions_are_sorted_and_marked_against_the_best_layer():
             "layer 1": [None, 1, 0, 2, 0.5, 1.8],
         }
     )
-    top, heat, right = figures.supervisions(table, "val")
+    top, heat, right = figures.plot_haaf_objectives(table, "val")
     assert [bar.get_height() for bar in top.patches] == [18, 25]
     assert [label.get_text() for label in heat.get_yticklabels()] == ["b", "a"]
     assert [bar.get_width() for bar in right.patches] == [26, 19]
@@ -127,20 +127,20 @@ def test_supervisions_are_sorted_and_marked_against_the_best_layer():
 def test_learning_curves_skip_terms_a_run_lacks(tmp_path):
     history = pd.DataFrame({"step": [1, 2, 3], "lr": [1.0, 2.0, 3.0], "seconds": 1.0, "cls": [3.0, 2.0, 1.0]})
     history.assign(seg=[None, 5.0, 4.0]).to_csv(tmp_path / "history.csv", index=False)
-    axes = figures.learning_curves({"a": history, "b": tmp_path / "history.csv"})
+    axes = figures.plot_learning_curves({"a": history, "b": tmp_path / "history.csv"})
     assert [ax.get_title() for ax in axes] == [
         "learning rate of the backbone",
         "classification",
         "segmentation",
     ]
     assert [len(line.get_xdata()) for line in axes[2].lines] == [0, 2]
-    smooth = figures.learning_curves({"a": history}, ["cls"], smooth=2)[0]
+    smooth = figures.plot_learning_curves({"a": history}, ["cls"], smooth=2)[0]
     assert smooth.lines[0].get_ydata().tolist() == [3, 2.5, 1.5]
 
 
 def test_threshold_curve_marks_the_best():
     curve = {"thresholds": [0.1, 0.2, 0.3], "cam": [10.0, 30.0, 20.0]}
-    ax = figures.threshold_curve({"run": {"threshold_curve": curve}})
+    ax = figures.plot_threshold_curve({"run": {"threshold_curve": curve}})
     assert legend_texts(ax) == ["run: CAM"]
     assert (ax.lines[1].get_xdata()[0], ax.lines[1].get_ydata()[0]) == (0.2, 30)
 
@@ -148,12 +148,12 @@ def test_threshold_curve_marks_the_best():
 def test_attention_strip_shows_every_head():
     rows = [(layer, head, layer + head, 1.0, 0.1) for layer in range(3) for head in range(2)]
     table = pd.DataFrame(rows, columns=["layer", "head", "entropy", "distance", "class_mass"])
-    ax = figures.attention_strip({"ToCo": table, "FSR": table})
+    ax = figures.plot_attention_strip({"ToCo": table, "FSR": table})
     assert sum(len(points.get_offsets()) for points in ax.collections) == 12
     means = [list(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 3]
     assert means == [[0.5, 1.5, 2.5]] * 2
     assert "nats" in ax.get_ylabel() and legend_texts(ax) == ["ToCo", "FSR"]
-    without = figures.attention_strip(
+    without = figures.plot_attention_strip(
         {"ToCo": table, "FSR": table.assign(class_mass=float("nan"))}, "class_mass"
     )
     assert (
@@ -162,8 +162,8 @@ def test_attention_strip_shows_every_head():
 
 
 def test_memory_bars_stand_beside_the_published():
-    rows = [(s, b, 2.0 * b) for s in ("none", "haaf_fused") for b in (1, 2)]
-    ax = figures.memory_bars(pd.DataFrame(rows, columns=["strategy", "batch", "gigabytes"]))
+    rows = [(s, b, 2.0 * b) for s in ("none", "matrix_free") for b in (1, 2)]
+    ax = figures.plot_memory_bars(pd.DataFrame(rows, columns=["strategy", "batch", "gigabytes"]))
     assert sorted(bar.get_height() for bar in ax.patches if bar.get_height()) == [2, 2, 4, 4]
     diamonds = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "D"]
     assert diamonds == [6.6, 10.4]  # the fused form was not published
@@ -174,14 +174,14 @@ def test_scaling_curves_are_logarithmic():
     table = pd.DataFrame(
         {"n": [1, 10] * 2, "gb": [1.0, 100.0, 1.0, 10.0], "s": ["dense"] * 2 + ["fused"] * 2}
     )
-    ax = figures.scaling_curves(table, "n", "gb", "s", ("patches", "memory, GB"))
+    ax = figures.plot_scaling_curves(table, "n", "gb", "s", ("patches", "memory, GB"))
     assert (ax.get_xscale(), ax.get_yscale(), ax.get_ylabel()) == ("log", "log", "memory, GB")
     assert legend_texts(ax) == ["dense", "fused"]
 
 
 def test_crop_views_say_which_are_positive(sample):
     crops = [sample[0][:, :8, :8]] * 3
-    axes = figures.crop_views(sample[0], (0, 24, 0, 20), torch.ones(24, 32), crops, [True, False, True])
+    axes = figures.plot_crop_views(sample[0], (0, 24, 0, 20), torch.ones(24, 32), crops, [True, False, True])
     assert [ax.get_title() for ax in axes[2:]] == ["positive", "negative", "positive"]
 
 
@@ -194,14 +194,14 @@ def test_compare_runs_shows_means_and_seeds():
             "refined_cam": [None, None, 72],
         }
     )
-    ax = figures.compare_runs(runs, ["cam", "refined_cam"])
+    ax = figures.plot_runs(runs, ["cam", "refined_cam"])
     assert sorted(bar.get_height() for bar in ax.patches if bar.get_height() > 0) == [55, 70, 72]
     assert sorted(y for points in ax.collections for _, y in points.get_offsets().data) == [50, 60, 70, 72]
 
 
 def test_class_scores_are_sorted_and_skip_absent_classes():
     result = {"per_class": {"cam": {"background": 90.0, "circle": 20.0, "square": None}}}
-    ax = figures.class_scores({"run": result}, "cam")
+    ax = figures.plot_class_scores({"run": result}, "cam")
     assert [t.get_text() for t in ax.get_yticklabels()] == ["circle", "background"]
 
 
@@ -211,7 +211,7 @@ def test_method_names():
 
 
 def test_saved_figures_stay_small(tmp_path):
-    ax = figures.show_image(np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8))
+    ax = figures.plot_image(np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8))
     path = figures.save_figure(ax.figure, tmp_path / "deep" / "noise.png", limit=60_000)
     assert path.stat().st_size <= 60_000
     with Image.open(path) as image:

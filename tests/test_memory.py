@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from ssepa_lib.compose import load_recipe
 from torch import nn
 
+from ssepa_lib.compose import load_recipe
 from ssepa_lib.evaluation.memory import (
     affinity_map_bytes,
     analytic_activation_bytes,

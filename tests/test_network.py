@@ -1,30 +1,25 @@
+"""The network: shapes, scores, decoder, learning rates, and which parameters learn."""
+
 import pytest
 import torch
 
-from ssepa_lib.data.datasets import build_dataset
-from ssepa_lib.data.views import train_loader
-from ssepa_lib.model.aggregator import pool_class
-from ssepa_lib.model.network import LargeFOV, ProjectionHead, build_network
-from ssepa_lib.training.trainer import Trainer
+from ssepa_lib.model import PatchAffinity, build_network, evaluating
+from ssepa_lib.model.heads import LargeFOV, ProjectionHead, pool_class
+from ssepa_lib.training import Trainer
 
 CLASSES = ("ant", "bee", "cat")
 
 
-def trainer_for(recipe):
-    dataset = build_dataset(recipe.data, "train")
-    return Trainer(recipe, dataset.classes, torch.device("cpu")), iter(train_loader(dataset, recipe))
-
-
 def test_output_shapes(tiny):
     network = build_network(tiny("ssepa"), CLASSES)
-    out = network(torch.rand(2, 3, 32, 48) * 255, affinity=True)
+    out = network(torch.rand(2, 3, 32, 48) * 255, capture=True)
     assert out.scores.shape == out.aux_scores.shape == (2, 3)
     assert out.cam.shape == out.aux_cam.shape == (2, 3, 4, 6) and not out.cam.requires_grad
     assert out.segmentation.shape == (2, 4, 4, 6)
     assert out.patches.shape == (2, 24, 32) and out.cls.shape == (2, 32)
-    assert (out.affinity @ torch.rand(2, 24, 3)).shape == (2, 24, 3)
+    assert (PatchAffinity(out.attention, weigh=network.haaf) @ torch.rand(2, 24, 3)).shape == (2, 24, 3)
     quick = network(torch.rand(2, 3, 32, 32) * 255, segment=False)
-    assert quick.segmentation is None and quick.affinity is None
+    assert quick.segmentation is None and quick.attention is None
 
 
 def test_scores_are_the_classifier_of_the_max_pooled_tokens(tiny):
@@ -54,6 +49,17 @@ def test_same_seed_same_network(tiny):
     one, two, other = (build_network(tiny(**{"train.seed": s}), CLASSES) for s in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
+
+
+def test_evaluation_mode_ends_with_its_context_also_after_an_error(tiny):
+    network = build_network(tiny(), CLASSES).train()
+    with pytest.raises(ZeroDivisionError), evaluating(network):
+        assert not network.training and not network.backbone.training
+        raise ZeroDivisionError
+    assert network.training and network.backbone.training
+    with evaluating(network.eval()):
+        pass
+    assert not network.training
 
 
 def test_learning_rates_of_the_groups(tiny):
@@ -88,7 +94,7 @@ def test_the_frozen_parameters_are_these(tiny):
     assert frozen(tiny("toco")) == {"backbone.vit.pos_embed", "backbone.mask_token"}
     assert frozen(tiny("ssepa")) == {"backbone.vit.pos_embed", "backbone.mask_token"}
     haaf = {f"haaf.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
-    control = tiny("ssepa", **{"affinity.supervision": "none"})
+    control = tiny("ssepa", **{"affinity.haaf_objective": "none"})
     assert frozen(control) == {"backbone.vit.pos_embed", "backbone.mask_token"} | haaf
     assert frozen(tiny("fsr")) == {"backbone.vit.cls_token"}  # its class token comes from the aggregator
     assert not frozen(tiny("fsr", **{"model.keep_class_token": True}))
@@ -103,15 +109,14 @@ def test_the_aggregator_makes_the_class_token_also_with_one_in_the_blocks(tiny, 
     assert torch.equal(out.cls, made)
 
 
-def test_every_trainable_parameter_gets_a_finite_gradient(tiny):
+def test_every_trainable_parameter_gets_a_finite_gradient(tiny, trainer_for):
     for method in ("toco", "ssepa_affinity", "ssepa", "fsr", "ssepa_fsr"):
-        trainer, batches = trainer_for(tiny(method, **{"losses.switch": 0.0}))
-        for _ in range(
-            3
-        ):  # the last layer of HAAF starts at zero, so its first layer learns from the second step on
+        trainer, batches = trainer_for(tiny(method, **{"losses.segmentation_start": 0.0}))
+        # the last layer of HAAF starts at zero, so its first layer learns from the second step on
+        for _ in range(3):
             trainer.step(next(batches))
         for name, p in (*trainer.network.named_parameters(), *trainer.objectives.named_parameters()):
-            # without a class token in the blocks the pooled affinity is a constant, so HAAF sees only its biases
+            # without a class token in the blocks the pooled affinity is a constant: HAAF sees only its biases
             blind = method == "ssepa_fsr" and name == "haaf.mlp.0.weight"
             if p.requires_grad:
                 assert p.grad is not None and p.grad.isfinite().all(), f"{method}: {name}"

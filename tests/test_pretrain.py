@@ -6,11 +6,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ssepa_lib.benchmarks.pretrain_shapes import _colours, _mosaic, _naming_loss, pretrain
+from ssepa_lib.compose import load_recipe
 from ssepa_lib.data.shapes import render_scene
-from ssepa_lib.model.backbone import MICRO_WEIGHTS, Backbone
-from ssepa_lib.recipe import load_recipe
+from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.weights import MICRO_WEIGHTS
 
-QUICK = {"steps": 2, "batch": 8, "pictures": 12, "device": "cpu"}
+QUICK = {"steps": 2, "batch": 8, "images": 12, "device": "cpu"}
 
 
 def micro(weights):
@@ -40,8 +41,8 @@ def test_a_seed_fixes_the_weights_and_leaves_the_callers_random_numbers_alone(tm
     assert torch.equal(after, torch.rand(3))
 
 
-def test_mosaic_says_which_patch_shows_which_picture():
-    images = torch.arange(1.0, 6)[:, None, None, None].expand(5, 3, 48, 48)  # picture i is i + 1 everywhere
+def test_mosaic_says_which_patch_shows_which_image():
+    images = torch.arange(1.0, 6)[:, None, None, None].expand(5, 3, 48, 48)  # image i is i + 1 everywhere
     for seed in range(5):
         torch.manual_seed(seed)
         mosaic, tile, shown = _mosaic(images, 8)
@@ -53,7 +54,7 @@ def test_mosaic_says_which_patch_shows_which_picture():
 def test_naming_loss_takes_the_best_patch_of_each_tile():
     scores = torch.tensor([[[9.0, -9], [-9, -9], [-9, 9], [-9, -9]]])  # B=1, N=4, C=2
     tile, right, wrong = torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 1]]), torch.tensor([[1, 0]])
-    label = torch.tensor([0, 1])  # picture 0 shows class 0, picture 1 class 1
+    label = torch.tensor([0, 1])  # image 0 shows class 0, image 1 class 1
     assert _naming_loss(scores, label, tile, right) < 0.001
     assert _naming_loss(scores, label, tile, wrong) == pytest.approx(18, abs=0.01)
 
@@ -70,19 +71,16 @@ def test_colours_are_those_of_quarters_of_a_patch():
 
 
 def _own_over_other(backbone) -> float:
-    """Attention between patches of one creature over attention between creature and background, mean over layers."""
+    """Attention within a creature over attention between creature and background, mean over layers."""
     own = other = 0.0
     for index in range(12):
         image, mask = render_scene("val", index, size=96)
         image = torch.from_numpy(image[:80, :80]).permute(2, 0, 1)[None]
         mask = torch.from_numpy(mask[4:80:8, 4:80:8]).flatten().long()  # class at each patch's centre
         with torch.no_grad():
-            out = backbone(image, capture=True)
-        pairs = [
-            (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0, 1:, 1:]
-            for q, k in zip(out.queries, out.keys, strict=True)
-        ]
-        attention = torch.stack(pairs).mean(0).fill_diagonal_(0)
+            out = backbone(image, capture=True).attention
+        layers = [out.layer_map(k).mean(1)[0, 1:, 1:] for k in range(out.depth)]
+        attention = torch.stack(layers).mean(0).fill_diagonal_(0)
         own += attention[(mask[:, None] == mask) & (mask > 0)].mean().item()
         other += attention[(mask[:, None] > 0) & (mask == 0)].mean().item()
     return own / other

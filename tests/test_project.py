@@ -1,6 +1,7 @@
-"""What the repository promises: one list of dependencies, clean notebooks, commands that exist, recipes that load."""
+"""What the repository promises: dependencies, notebooks, documents, recipes, and the rules of the house."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import nbformat
 import pytest
 import yaml
 
+from ssepa_lib import private_api
+from ssepa_lib.compose import load_recipe
 from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
-from ssepa_lib.recipe import load_recipe
 from ssepa_lib.workbook.runner import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
@@ -106,14 +108,13 @@ def test_documents_name_things_that_exist(document):
         assert ((PROJECT / document).parent / link).exists(), (
             f"{document} links to {link}, which is not there"
         )
-    for module in re.findall(r"`(?:ssepa_lib/)?(\w+\.py)`", text):
-        assert (PROJECT / "ssepa_lib" / module).is_file(), f"{document} names {module}"
+    for module in re.findall(r"`(?:ssepa_lib/)?([\w/]+\.py)`", text):
+        assert list(LIBRARY.rglob(module)), f"{document} names {module}, which is not there"
 
 
-def test_the_readme_maps_every_module():
+def test_the_readme_maps_every_folder():
     text = (PROJECT / "README.md").read_text()
-    modules = {path.name for path in (PROJECT / "ssepa_lib").glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert not {name for name in modules if f"`{name}`" not in text}
+    assert not [name for name in LAYERS if f"{name}/" not in text]
 
 
 def test_commands_in_the_documents_are_commands():
@@ -146,3 +147,141 @@ def test_nothing_is_committed_that_should_be_computed():
         path = PROJECT / name
         assert path.suffix not in (".pt", ".pth", ".pkl", ".npy"), name
         assert not path.is_file() or path.stat().st_size <= 4 * 2**20, f"{name} is larger than 4 MiB"
+
+
+# The rules of the house: layers, sizes, docstrings, words, formatting.
+
+LIBRARY = PROJECT / "ssepa_lib"
+MODULES = sorted(LIBRARY.rglob("*.py"))
+LAYERS = ("data", "model", "labels", "methods", "training", "evaluation", "workbook", "benchmarks")
+COMMANDS = {"__main__", "cli", "commands", "study_commands"}  # above every folder; other files are the ground
+GLOSSARY = {
+    r"\bpictures?\b": "image",
+    r"\bmirror(ed|s)?\b": "flip",
+    r"\bprocessors?\b": "CPU",
+    r"\ba training\b": "a run",
+    r"\bgoes on\b|\bgo on\b": "resume",
+    r"\bdata sets?\b": "dataset",
+}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def layer(parts):
+    """Place of a module below ssepa_lib: 0 the ground, then the folders, then the commands."""
+    if parts and parts[0] in LAYERS:
+        return 1 + LAYERS.index(parts[0])
+    return 1 + len(LAYERS) if parts and parts[0] in COMMANDS else 0
+
+
+def imported(tree):
+    """Every module of the library that a file imports, as parts of its name below ssepa_lib."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "ssepa_lib":
+            names = [f"ssepa_lib.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for name in names:
+            root, *parts = name.split(".")
+            if root == "ssepa_lib" and parts:
+                yield parts
+
+
+def test_a_folder_imports_only_from_earlier_ones():
+    wrong = []
+    for path in MODULES:
+        own = layer(path.relative_to(LIBRARY).with_suffix("").parts)
+        for parts in imported(ast.parse(path.read_text())):
+            if layer(parts) > own:
+                wrong.append(f"{path.relative_to(LIBRARY)} imports {'.'.join(parts)}")
+    assert not wrong
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for path in MODULES:
+        text, name = path.read_text(), path.relative_to(LIBRARY)
+        if text.count("\n") > 350:
+            long.append(f"{name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno >= 50:
+                long.append(f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not long
+
+
+def public(tree):
+    """Public functions and classes of a module, and methods of classes without a base."""
+    for node in tree.body:
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node, node.name
+            inherits = isinstance(node, ast.ClassDef) and node.bases
+            for part in node.body if isinstance(node, ast.ClassDef) and not inherits else []:
+                if isinstance(part, FUNCTIONS) and not part.name.startswith("_"):
+                    yield part, f"{node.name}.{part.name}"
+
+
+def test_everything_public_has_a_docstring():
+    bare = []
+    for path in MODULES:
+        tree, name = ast.parse(path.read_text()), path.relative_to(LIBRARY)
+        if path.name != "__init__.py" or path.parent != LIBRARY:
+            bare += [] if ast.get_docstring(tree) else [str(name)]
+        bare += [f"{name}: {what}" for node, what in public(tree) if not ast.get_docstring(node)]
+    assert not bare
+
+
+def test_the_formatter_has_no_exceptions():
+    files = [*MODULES, *(PROJECT / "tests").glob("*.py"), *FILES]
+    marks = ("# fmt" + ": skip", "# fmt" + ": off", "# no" + "qa")
+    assert not [f"{path.name}: {mark}" for path in files for mark in marks if mark in path.read_text()]
+    for rule in (["format", "--check"], ["check"]):
+        command = [sys.executable, "-m", "ruff", *rule, "ssepa_lib", "tests", "notebooks"]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def prose(path):
+    """What people read of a file: Markdown, docstrings, or the comments of a recipe."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        return "\n".join(cell.source for cell in cells(path) if cell.cell_type == "markdown")
+    if path.suffix == ".yaml":
+        return "\n".join(line.partition("#")[2] for line in text.splitlines())
+    if path.suffix == ".py":
+        documented = (ast.Module, ast.ClassDef, *FUNCTIONS)
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+        return "\n".join(filter(None, map(ast.get_docstring, nodes)))
+    return text
+
+
+def test_texts_use_the_words_of_the_glossary():
+    documents = [PROJECT / name for name in ("README.md", "data/README.md", "results/README.md")]
+    found = []
+    for path in [*documents, *FILES, *MODULES, *RECIPES.rglob("*.yaml")]:
+        text = prose(path)
+        for pattern, word in GLOSSARY.items():
+            hits = re.findall(rf"(?i)(?:\w+ )?(?:{pattern})", text)
+            if hits:
+                found.append(f"{path.relative_to(PROJECT)}: write '{word}' ({len(hits)} times)")
+    assert not found
+
+
+def test_private_interfaces_are_listed_and_still_there():
+    """torch and timm may drop what is private; the message names the versions that are known to have it."""
+    supported = "; ".join(d for d in pyproject["dependencies"] if d.startswith(("torch>", "timm>")))
+    for owner, names in private_api.NAMES.items():
+        module, _, attribute = owner.rpartition(".")
+        try:
+            holder = importlib.import_module(owner)
+        except ImportError:
+            holder = getattr(importlib.import_module(module), attribute)
+        for name in names:
+            assert hasattr(holder, name) or name in getattr(holder, "__annotations__", {}), (
+                f"{owner}.{name} has disappeared; ssepa_lib/private_api.py was written for {supported}"
+            )
+    used = [name for names in private_api.NAMES.values() for name in names]
+    for path in MODULES:
+        if path.name != "private_api.py":
+            assert not [name for name in used if f".{name}" in path.read_text()], path.name

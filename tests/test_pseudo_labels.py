@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssepa_lib.labels.par import PixelAdaptiveRefinement
-from ssepa_lib.labels.pseudo_labels import inside, single_threshold_labels, token_labels, two_threshold_labels
+from ssepa_lib.labels import PseudoLabeler
+from ssepa_lib.labels.pseudo_labels import inside
+from ssepa_lib.recipe import CamConfig
 
 
 def slow_labels(image, cam, label, par, threshold):
@@ -24,20 +25,26 @@ def crops():
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, 3, 24, 20), dtype=torch.uint8)
     cam = F.interpolate(torch.rand(3, 5, 4, 4), (24, 20), mode="bilinear")
-    label = torch.tensor(
-        [[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0.0]]
-    )  # three, one and no class present
-    return image, cam, label, PixelAdaptiveRefinement([1, 2], 3)
+    # three, one and no class present
+    label = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0.0]])
+    return image, cam, label
 
 
-def test_two_threshold_labels_equal_the_loop(crops):
-    image, cam, label, par = crops
+@pytest.fixture
+def labeler():
+    return PseudoLabeler(
+        CamConfig(high=0.7, low=0.25, background=0.5, par_dilations=[1, 2], par_iterations=3)
+    )
+
+
+def test_training_labels_equal_the_loop(crops, labeler):
+    image, cam, label = crops
     box = torch.tensor([[0, 24, 0, 20], [5, 24, 0, 13], [2, 20, 3, 20]])
-    result = two_threshold_labels(image, cam, label, box, par, 0.7, 0.25)
+    result = labeler.training_labels(image, cam, label, box)
     assert result.dtype == torch.long
     for i in range(3):
-        high = slow_labels(image[i], cam[i], label[i], par, 0.7)
-        low = slow_labels(image[i], cam[i], label[i], par, 0.25)
+        high = slow_labels(image[i], cam[i], label[i], labeler.par, 0.7)
+        low = slow_labels(image[i], cam[i], label[i], labeler.par, 0.25)
         expected = torch.full((24, 20), 255)
         y0, y1, x0, x1 = box[i].tolist()
         for y in range(y0, y1):
@@ -53,35 +60,38 @@ def test_two_threshold_labels_equal_the_loop(crops):
     )
 
 
-def test_absent_classes_never_appear_and_need_no_masking_first(crops):
-    image, cam, label, par = crops
+def test_absent_classes_never_appear_and_need_no_masking_first(crops, labeler):
+    image, cam, label = crops
     box = torch.tensor([[0, 24, 0, 20]] * 3)
     loud = torch.where(label[:, :, None, None] > 0, cam, 1.0)
     silent = cam * label[:, :, None, None]
     assert torch.equal(
-        two_threshold_labels(image, loud, label, box, par, 0.7, 0.25),
-        two_threshold_labels(image, silent, label, box, par, 0.7, 0.25),
+        labeler.training_labels(image, loud, label, box), labeler.training_labels(image, silent, label, box)
     )
 
 
-def test_a_batch_without_any_class_is_background(crops):
-    image, cam, label, par = crops
-    assert (single_threshold_labels(image, cam, torch.zeros_like(label), par, 0.5) == 0).all()
+def test_a_batch_without_any_class_is_background(crops, labeler):
+    image, cam, label = crops
+    assert (labeler.labels(image, cam, torch.zeros_like(label)) == 0).all()
 
 
-def test_single_threshold_labels_equal_the_loop_and_ignore_nothing(crops):
-    image, cam, label, par = crops
-    result = single_threshold_labels(image, cam, label, par, 0.5)
+def test_evaluation_labels_equal_the_loop_and_ignore_nothing(crops, labeler):
+    image, cam, label = crops
+    result = labeler.labels(image, cam, label)
     for i in range(3):
-        assert torch.equal(result[i], slow_labels(image[i], cam[i], label[i], par, 0.5))
+        assert torch.equal(result[i], slow_labels(image[i], cam[i], label[i], labeler.par, 0.5))
 
 
-def test_token_labels_at_and_between_the_thresholds():
+def test_token_labels_at_and_between_the_thresholds(labeler):
     cam = torch.tensor([[0.9, 0.7, 0.71, 0.1, 0.25, 0.0], [0.8, 0.0, 0.72, 0.2, 0.26, 0.0]]).view(1, 2, 2, 3)
     cam = torch.cat([cam, torch.zeros_like(cam)])
-    assert token_labels(cam, 0.7, 0.25).tolist() == [[1, 255, 2, 0, 255, 0], [0] * 6]
+    assert labeler.token_labels(cam, (2, 3)).tolist() == [[1, 255, 2, 0, 255, 0], [0] * 6]
 
 
 def test_inside_is_half_open():
     mask = inside(torch.tensor([[1, 3, 0, 2]]), (4, 3))
     assert mask.long().tolist() == [[[0, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 0]]]
+
+
+def test_the_labeler_has_nothing_to_learn_or_to_save(labeler):
+    assert not list(labeler.parameters()) and not labeler.state_dict()

@@ -116,12 +116,13 @@ def test_your_own_images_are_found_by_their_variable(folder, tmp_path, monkeypat
     """FOLDER_ROOT relative to where the command is given, although the kernels run elsewhere."""
     from PIL import Image
 
-    from ssepa_lib.recipe import load_recipe
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FOLDER_ROOT", raising=False)
-    cell = "import os, pathlib\nfrom ssepa_lib.recipe import load_recipe\n"
-    cell += "pathlib.Path(os.environ['SSEPA_RESULTS'], 'root').write_text(load_recipe(f'{preset}/toco').data.root)"
+    cell = "import os, pathlib\nfrom ssepa_lib.compose import load_recipe\n"
+    cell += (
+        "from ssepa_lib.data import resolve_root\nroot = resolve_root(load_recipe(f'{preset}/toco').data)\n"
+    )
+    cell += "pathlib.Path(os.environ['SSEPA_RESULTS'], 'root').write_text(str(root))"
     write(folder, "00_a", cell)
     with pytest.raises(UserError, match="data.root"):
         run_workbook("folder", notebooks=folder, results=tmp_path / "results")
@@ -130,11 +131,7 @@ def test_your_own_images_are_found_by_their_variable(folder, tmp_path, monkeypat
     (tmp_path / "mine" / "labels.csv").write_text("image,classes\na.png,cat\n")
     monkeypatch.setenv("FOLDER_ROOT", "mine")
     assert run_workbook("folder", notebooks=folder, results=tmp_path / "results") == 0
-    assert (
-        (tmp_path / "results" / "root").read_text()
-        == str(tmp_path / "mine")
-        == load_recipe("folder/toco").data.root
-    )
+    assert (tmp_path / "results" / "root").read_text() == str(tmp_path / "mine")
 
 
 def test_run(folder, tmp_path, capfd):
@@ -153,10 +150,10 @@ def test_run(folder, tmp_path, capfd):
     )
     assert (results / "good").read_text() == (results / "other").read_text() == "('shapes', 5, 6e-05)"
     assert not (results / "after").exists() and not (results / "later").exists()
-    copy = nbformat.read(results / "shapes" / "notebooks" / "01_bad.ipynb", as_version=4)
+    copy = nbformat.read(results / "shapes" / "notebooks" / "01_bad.unfinished.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in copy.cells for o in c.get("outputs", []))
     printed = capfd.readouterr().out
-    assert "01_bad, cell In [4]: ZeroDivisionError: division by zero" in printed
+    assert "01_bad, cell In [3] `1 / 0`: ZeroDivisionError: division by zero" in printed
     assert (
         "02_after: skipped" in printed
         and "03_later: skipped" in printed
@@ -167,6 +164,46 @@ def test_run(folder, tmp_path, capfd):
     assert "Title of 04_other" in index and "failed" in index and (report / "00_good.html").exists()
 
 
+def test_a_failed_call_does_not_replace_the_page_of_a_good_one(folder, tmp_path):
+    def run():
+        return run_workbook("shapes", results=tmp_path, notebooks=folder)
+
+    report = tmp_path / "shapes" / "report"
+    write(folder, "00_a", "print('all is well')")
+    assert run() == 0
+    write(folder, "00_a", "print('going wrong')", "1 / 0")
+    assert run() == 1
+    assert "all is well" in (report / "00_a.html").read_text()
+    assert "going wrong" in (report / "00_a.unfinished.html").read_text()
+    index = (report / "index.html").read_text()
+    assert 'href="00_a.html"' in index and "last call failed" in index
+    write(folder, "00_a", "print('well again')")
+    assert run() == 0
+    assert "well again" in (report / "00_a.html").read_text()
+    index = (report / "index.html").read_text()
+    assert "last call failed" not in index and not (report / "00_a.unfinished.html").exists()
+
+
+def test_another_run_name_has_copies_and_a_report_of_its_own(folder, tmp_path):
+    cell = "from ssepa_lib.workbook.study import preset_folder\n"
+    cell += "(preset_folder(preset, run_name) / 'figures' / 'mark').touch()"
+    write(folder, "00_a", cell, parameters='preset = "shapes"\nrun_name = ""')
+    for parameters in ({}, {"run_name": "other"}):
+        assert run_workbook("shapes", results=tmp_path, notebooks=folder, parameters=parameters) == 0
+    for place in (tmp_path / "shapes", tmp_path / "shapes" / "other"):
+        assert (place / "notebooks" / "00_a.ipynb").is_file() and (place / "figures" / "mark").is_file()
+        assert (place / "report" / "00_a.html").is_file() and (place / "report" / "index.html").is_file()
+    with pytest.raises(UserError, match="run_name '../x'"):
+        run_workbook("shapes", results=tmp_path, notebooks=folder, parameters={"run_name": "../x"})
+
+
+def test_the_preset_is_no_parameter(folder, tmp_path):
+    write(folder, "00_a")
+    with pytest.raises(UserError, match="--preset"):
+        run_workbook("shapes", results=tmp_path, notebooks=folder, parameters={"preset": "voc_mini"})
+    assert not list(tmp_path.glob("shapes*"))
+
+
 def test_what_a_widget_shows_becomes_output_of_its_cell(folder, tmp_path):
     write(folder, "00_a", "from ipywidgets import interact\ninteract(lambda x: print('shown', x), x=(1, 3));")
     assert run_workbook("shapes", results=tmp_path / "results", notebooks=folder) == 0
@@ -174,7 +211,7 @@ def test_what_a_widget_shows_becomes_output_of_its_cell(folder, tmp_path):
     assert [o["text"] for o in cell["outputs"] if o["output_type"] == "stream"] == ["shown 2\n"]
 
 
-def test_a_training_tells_the_runner_where_it_is(tmp_path, monkeypatch):
+def test_a_run_tells_the_runner_where_it_is(tmp_path, monkeypatch):
     target = tmp_path / "progress.json"
     monkeypatch.setenv(PROGRESS, str(target))
     on_step = progress_writer("toco-seed0")
@@ -188,10 +225,14 @@ def test_a_training_tells_the_runner_where_it_is(tmp_path, monkeypatch):
 def test_headline_shows_every_run_with_its_setting(tmp_path):
     assert "No trained run" in headline(tmp_path)
     setting = {"data": "shapes", "split": "val", "images": 200, "size": 96, "steps": 300, "batch": 8}
-    for run, value in (("toco-seed0", None), ("ssepa-seed0", 41.25)):
+    setting |= {"method": "toco", "seed": 0, "backbone": "vit", "outputs": {}}
+    rest = dict.fromkeys(("precision", "recall", "boundary_iou", "per_class", "threshold_curve"), {})
+    for run, value in (("toco-seed0", None), ("ssepa-seed0", 41.25), ("ssepa-other-seed0", 50.0)):
         (tmp_path / run).mkdir()
-        miou = {"cam": 30.0, "refined_cam": value}
-        (tmp_path / run / "metrics.json").write_text(json.dumps({"val": {"setting": setting, "miou": miou}}))
+        result = {"setting": setting, "miou": {"cam": 30.0, "refined_cam": value}}
+        result |= rest | {"mean_average_precision": 80.0}
+        (tmp_path / run / "metrics.json").write_text(json.dumps({"val": result}))
     text = headline(tmp_path)
     assert "shapes val: 200 images, 96², 300 steps of 8" in text.splitlines()[0]
-    assert text.splitlines()[2].split() == ["ssepa-seed0", "val", "30.0", "–", "41.2", "–", "–"]
+    assert text.splitlines()[3].split() == ["ssepa-seed0", "val", "30.0", "–", "41.2", "–", "–"]
+    assert [line.split()[0] for line in headline(tmp_path, "other").splitlines()[2:]] == ["ssepa-other-seed0"]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.workbook import tables
+from ssepa_lib.workbook import published, tables
 
 VIEWS = {
     "pseudo_label": {"scales": [1.0], "flip": False, "crf": False},
@@ -26,12 +26,15 @@ def write_run(folder, name, method, seed, values, preset="voc", splits=("train",
         "steps": 50,
         "batch": 4,
         "backbone": "vit_x",
-        "products": VIEWS,
+        "outputs": VIEWS,
     }
     content = {
         split: {
             "setting": setting | {"split": split},
             "miou": {"refined_cam": None} | values,
+            "precision": {},
+            "recall": {},
+            "boundary_iou": {},
             "per_class": {},
             "threshold_curve": {},
             "mean_average_precision": 80,
@@ -69,7 +72,7 @@ def test_collect_runs_names_a_broken_file(tmp_path):
     (tmp_path / "run").mkdir()
     for content in ("{", '{"val": {"miou": {}}}'):
         (tmp_path / "run" / "metrics.json").write_text(content)
-        with pytest.raises(UserError, match="evaluate the run again"):
+        with pytest.raises(UserError, match="metrics.json.*(delete the file|is missing)"):
             tables.collect_runs(tmp_path)
     assert tables.collect_runs(tmp_path / "none").empty
 
@@ -94,7 +97,7 @@ def test_a_mean_over_seeds_is_over_the_same_images(tmp_path):
         write_run(
             tmp_path, f"ssepa-seed{seed}", "ssepa", seed, {"segmentation": 50.0 + 20 * seed}, images=images
         )
-    row = tables.table_2(tables.collect_runs(tmp_path)).iloc[-1]
+    row = published.table_2(tables.collect_runs(tmp_path)).iloc[-1]
     assert row["val"] == "60.0 ± 14.1" and "val 100 images" in row["setting"] and "2 seeds" in row["setting"]
 
 
@@ -126,30 +129,52 @@ def test_paired_differences_use_common_seeds_only(runs):
 def test_markdown_by_hand():
     table = pd.DataFrame({"name": ["a|b", "c"], "mIoU": [1.25, None], "n": [3, 4]})
     assert tables.to_markdown(table).splitlines() == [
-        "| name | mIoU |   n |",
-        "| ---- | ---: | --: |",
-        "| a\\|b |  1.2 |   3 |",
-        "| c    |    – |   4 |",
+        "| name   |   mIoU |   n |",
+        "|:-------|-------:|----:|",
+        "| a\\|b   |    1.2 |   3 |",
+        "| c      |      – |   4 |",
+    ]
+    spread = pd.DataFrame({"method": ["x", "y"], "mIoU": ["72.4 ± 0.3", "–"]})
+    assert tables.to_markdown(spread).splitlines()[1:] == [
+        "|:---------|-----------:|",
+        "| x        | 72.4 ± 0.3 |",
+        "| y        |          – |",
+    ]
+    assert len(tables.to_markdown(table.iloc[:0]).splitlines()) == 2
+
+
+def test_mean_and_deviation_become_one_column():
+    table = pd.DataFrame({"method": ["x"], "cam": [50.0], "cam_sd": [float("nan")], "seeds": [1]})
+    assert tables.plus_minus_columns(table, ["cam"]).to_dict("records") == [
+        {"method": "x", "seeds": 1, "cam": "50.0"}
     ]
 
 
 def test_published_rows_stand_without_runs():
-    last = tables.table_3().iloc[-1]
+    last = published.table_3().iloc[-1]
     assert (last["pseudo-label (train)"], last["seg (val)"], last["seg (test)"]) == ("79.5", "72.4", "73.3")
-    assert [len(t()) for t in (tables.table_1, tables.table_2, tables.table_4, tables.table_5)] == [
+    assert [
+        len(t()) for t in (published.table_1, published.table_2, published.table_4, published.table_5)
+    ] == [
         13,
         20,
         3,
         6,
     ]
-    for table in (tables.table_1, tables.table_2, tables.table_3, tables.table_4, tables.table_5):
+    for table in (
+        published.table_1,
+        published.table_2,
+        published.table_3,
+        published.table_4,
+        published.table_5,
+    ):
         assert set(table()["source"]) == {"published"}
-    assert sorted(tables.NOTES) == [1, 2, 3, 4, 5]
+    assert sorted(published.NOTES) == [1, 2, 3, 4, 5]
 
 
 def test_published_numbers_agree_between_tables():
-    ours = tables.table_3().set_index("method").loc["SS-EPA (with Patch Affinity, HAAF)"]
-    base = tables.table_5().iloc[-1]
+    ours = published.table_3().set_index("method").loc["SS-EPA (with Patch Affinity, HAAF)"]
+    base = published.table_5().iloc[-1]
     assert (
         ours["seg (val)"] == base["seg (val)"] == "72.4"
         and ours["seg (test)"] == base["seg (test)"] == "73.3"
@@ -157,7 +182,7 @@ def test_published_numbers_agree_between_tables():
 
 
 def test_table_3_puts_ours_below_the_published_row(runs):
-    table = tables.table_3(runs)
+    table = published.table_3(runs)
     at = table[table["method"] == "SS-EPA (with Patch Affinity, HAAF)"]
     assert at["source"].tolist() == ["published", "this workbook (voc)", "this workbook (voc)"]
     assert at["seg (val)"].tolist() == ["72.4", "56.5 ± 6.4", "57.5 ± 6.4"]
@@ -165,26 +190,26 @@ def test_table_3_puts_ours_below_the_published_row(runs):
     assert (
         at["setting"].tolist()[1] == "scale 1; 448²; train 10 images; val 10 images; 50 steps of 4; 2 seeds"
     )
-    assert at["setting"].tolist()[2] == "scales 1/1.5 + mirror; 448²; val 10 images; 50 steps of 4; 2 seeds"
+    assert at["setting"].tolist()[2] == "scales 1/1.5 + flip; 448²; val 10 images; 50 steps of 4; 2 seeds"
     assert at["pseudo-label (train)"].tolist()[2] == "–"
     assert len(table[table["method"] == "ToCo"]) == 2  # no MS run, no row
 
 
 def test_other_tables_take_our_runs(runs):
-    assert tables.table_1(runs).iloc[-1][["train", "val"]].tolist() == ["60.0 ± 5.0", "60.0 ± 5.0"]
-    assert tables.table_2(runs)["source"].str.startswith("this workbook").sum() == 3
-    assert tables.table_5(runs).iloc[0]["depth"] == 8
+    assert published.table_1(runs).iloc[-1][["train", "val"]].tolist() == ["60.0 ± 5.0", "60.0 ± 5.0"]
+    assert published.table_2(runs)["source"].str.startswith("this workbook").sum() == 3
+    assert published.table_5(runs).iloc[0]["depth"] == 8
 
 
 def test_table_4_takes_measurements():
     columns = ["strategy", "batch", "gigabytes", "backbone", "setting"]
     measured = pd.DataFrame(
         [
-            ("haaf_fused", 1, 2.31, "ViT-B", "H100"),
-            ("all_heads", 1, 9.0, "ViT-B", "H100"),
-            ("all_heads", 2, 16.0, "ViT-B", "H100"),
+            ("matrix_free", 1, 2.31, "ViT-B", "H100"),
+            ("stack_heads", 1, 9.0, "ViT-B", "H100"),
+            ("stack_heads", 2, 16.0, "ViT-B", "H100"),
         ],
         columns=columns,
     )
-    table = tables.table_4(measured)
+    table = published.table_4(measured)
     assert table["batch 1"].tolist()[3:] == ["9.0", "2.3"] and table["batch 2"].tolist()[3:] == ["16.0", "–"]

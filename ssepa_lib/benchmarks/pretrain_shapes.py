@@ -1,9 +1,10 @@
-"""Pre-training of the built-in micro ViT: what ImageNet weights are to VOC, these weights are to the built-in data.
+"""Pre-training of the built-in micro ViT: what ImageNet weights are to VOC, these are to the built-in data.
 
-Two tasks on pictures of single creatures, without any mask. Naming: pictures are set into mosaics, and the best patch
-of each tile must name its class and deny the others, so that a class stays where it is seen instead of leaking into
-every token. Painting: colours of hidden patches from the visible ones (masked image modelling; He et al., CVPR 2022),
-which makes patches of one creature attend to each other: the affinity that the workbook refines CAMs with.
+Two tasks on images of single creatures, without any mask. Naming: images are set into mosaics, and the best
+patch of each tile must name its class and deny the others, so that a class stays where it is seen instead
+of leaking into every token. Painting: colours of hidden patches from the visible ones (masked image
+modelling; He et al., CVPR 2022), which makes patches of one creature attend to each other: the affinity
+that the workbook refines CAMs with.
 """
 
 import time
@@ -16,18 +17,20 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ssepa_lib.compose import load_recipe
 from ssepa_lib.data.shapes import SHAPE_CLASSES, render_object
 from ssepa_lib.device import autocast, resolve_device
+from ssepa_lib.files import write_atomically
 from ssepa_lib.model.backbone import Backbone
-from ssepa_lib.recipe import load_recipe
-from ssepa_lib.training.trainer import atomic
+from ssepa_lib.randomness import seeded
 
 _CELLS = 2  # colours are painted per half patch side: mean colours, not pixel noise
 _LEARNING_RATE = 1.5e-3
 
 
 def _initialise(vit: nn.Module) -> None:
-    """Sine-cosine positions and a louder patch embedding; a short training from timm's small values finds neither."""
+    """Sine-cosine positions and a louder patch embedding; timm's small values lead to neither in a short
+    run."""
     width, side = vit.embed_dim, round((vit.pos_embed.shape[1] - 1) ** 0.5)
     frequency = 30 ** -(torch.arange(width // 4) / (width // 4))
     angle = torch.arange(side)[:, None] * frequency
@@ -38,12 +41,13 @@ def _initialise(vit: nn.Module) -> None:
         vit.patch_embed.proj.weight.normal_(std=0.05)
 
 
-def _cut(pictures: Tensor, side: int) -> Tensor:
-    """Squares of one random size, each from a random place of its picture, turned and mirrored: [B, 3, side, side]."""
-    full = pictures.shape[-1]
+def _cut(images: Tensor, side: int) -> Tensor:
+    """Squares of one random size, each from a random place of its image, turned and flipped: [B, 3, side,
+    side]."""
+    full = images.shape[-1]
     size = int(torch.randint(full * 3 // 4, full + 1, ()))
-    places = torch.randint(full + 1 - size, (len(pictures), 2)).tolist()
-    cut = torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(pictures, places, strict=True)])
+    places = torch.randint(full + 1 - size, (len(images), 2)).tolist()
+    cut = torch.stack([x[:, t : t + size, l : l + size] for x, (t, l) in zip(images, places, strict=True)])
     cut = F.interpolate(cut.float(), (side, side), mode="bilinear", align_corners=False)
     cut = cut.rot90(int(torch.randint(4, ())), (2, 3))
     return cut.flip(-1) if torch.rand(()) < 0.5 else cut
@@ -66,7 +70,8 @@ def _mosaic(images: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _naming_loss(scores: Tensor, label: Tensor, tile: Tensor, shown: Tensor) -> Tensor:
-    """Multi-label cross-entropy of each tile's maximum. scores [B, N, C], label [B], tile [N], shown [B, tiles]."""
+    """Multi-label cross-entropy of each tile's maximum. scores [B, N, C], label [B], tile [N], shown [B,
+    tiles]."""
     best = torch.stack([scores[:, tile == t].amax(1) for t in range(shown.shape[1])], 1)  # [B, tiles, C]
     wanted = F.one_hot(label, scores.shape[-1]).to(best.dtype)[shown]
     return F.binary_cross_entropy_with_logits(best, wanted, reduction="none").sum(-1).mean()
@@ -110,12 +115,62 @@ class _Tasks(nn.Module):
         }
 
 
+def _draw(number: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images uint8 [number, 3, side, side] of single creatures and their classes [number]."""
+    drawn = [render_object(index, side, seed) for index in range(number)]
+    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in drawn])
+    return images, torch.tensor([label for _, label in drawn])
+
+
+def _report(step: int, steps: int, began: float, loss: Tensor, losses: dict[str, Tensor]) -> dict:
+    """What `on_step` is called with."""
+    left = (time.perf_counter() - began) / step * (steps - step)
+    terms = {name: value.item() for name, value in losses.items()}
+    return {"step": step, "steps": steps, "loss": loss.item(), "seconds_left": left, **terms}
+
+
+def _train(
+    tasks: _Tasks,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    side: int,
+    steps: int,
+    batch: int,
+    mask_ratio: float,
+    device: torch.device,
+    precision: str,
+    on_step: Callable[[dict], None] | None,
+) -> None:
+    """Minimise both losses; arguments as in `pretrain`."""
+    named, number = batch * 5 // 8, (side // tasks.patch) ** 2
+    optimizer = torch.optim.AdamW(tasks.parameters(), lr=_LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    share = min(60, steps) / (steps + 1)
+    curve = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _LEARNING_RATE, steps + 1, pct_start=share, cycle_momentum=False
+    )
+    began = time.perf_counter()
+    for step in range(1, steps + 1):
+        pick = torch.randint(len(images), (batch,))
+        hidden = torch.rand(batch - named, number).argsort(1) < mask_ratio * number
+        views = _cut(images[pick], side).to(device)
+        losses = tasks.losses(views, labels[pick].to(device), named, hidden.to(device), precision)
+        loss = losses["naming"] + 10 * losses["painting"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(tasks.parameters(), 3.0)
+        optimizer.step()
+        curve.step()
+        if on_step and (step % 50 == 0 or step == steps):
+            on_step(_report(step, steps, began, loss, losses))
+
+
 def pretrain(
     out: Path,
     *,
     steps: int = 1800,
     batch: int = 32,
-    pictures: int = 6000,
+    images: int = 6000,
     mask_ratio: float = 0.6,
     seed: int = 0,
     device: str = "auto",
@@ -126,61 +181,33 @@ def pretrain(
     Args:
         out: the `.safetensors` file; its metadata hold the command that made it.
         steps: updates (AdamW, 60 of warm-up, then a cosine to 0).
-        batch: pictures per step; five eighths are named, the others painted.
-        pictures: how many single creatures are drawn.
-        mask_ratio: share of hidden patches in painted pictures.
+        batch: images per step; five eighths are named, the others painted.
+        images: how many single creatures are drawn.
+        mask_ratio: share of hidden patches in painted images.
         on_step: called every 50 steps with {step, steps, loss, naming, painting, seconds_left}.
     """
-    place, recipe = resolve_device(device), load_recipe("shapes/toco")
-    config = recipe.model
-    config.weights, config.train_pos_embed = "none", True
-    side, named = config.backbone_args["img_size"], batch * 5 // 8
-    drawn = [render_object(index, side * 7 // 6, seed) for index in range(pictures)]
-    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in drawn])
-    labels = torch.tensor([label for _, label in drawn])
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        backbone = Backbone(config).train()
+    place, out = resolve_device(device), Path(out)
+    recipe = load_recipe("shapes/toco", {"model.weights": "none", "model.train_pos_embed": True})
+    side = recipe.model.backbone_args["img_size"]
+    drawn, labels = _draw(images, side * 7 // 6, seed)
+    with seeded("network", seed):
+        backbone = Backbone(recipe.model).train()
         _initialise(backbone.vit)
-        tasks = _Tasks(backbone).to(place)
-        number = (side // tasks.patch) ** 2
-        optimizer = torch.optim.AdamW(
-            tasks.parameters(), lr=_LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98)
+        _train(
+            _Tasks(backbone).to(place),
+            drawn,
+            labels,
+            side=side,
+            steps=steps,
+            batch=batch,
+            mask_ratio=mask_ratio,
+            device=place,
+            precision=recipe.train.precision,
+            on_step=on_step,
         )
-        warmup = min(60, steps)
-        curve = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, _LEARNING_RATE, steps + 1, pct_start=warmup / (steps + 1), cycle_momentum=False
-        )
-        began = time.perf_counter()
-        for step in range(1, steps + 1):
-            pick = torch.randint(pictures, (batch,))
-            hidden = torch.rand(batch - named, number).argsort(1) < mask_ratio * number
-            views = _cut(images[pick], side).to(place)
-            losses = tasks.losses(
-                views, labels[pick].to(place), named, hidden.to(place), recipe.train.precision
-            )
-            loss = losses["naming"] + 10 * losses["painting"]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(tasks.parameters(), 3.0)
-            optimizer.step()
-            curve.step()
-            if on_step and (step % 50 == 0 or step == steps):
-                left = (time.perf_counter() - began) / step * (steps - step)
-                on_step(
-                    {
-                        "step": step,
-                        "steps": steps,
-                        "loss": loss.item(),
-                        "seconds_left": left,
-                        **{name: value.item() for name, value in losses.items()},
-                    }
-                )
-    made = f"python -m ssepa_lib pretrain --out {Path(out).name} --steps {steps} --seed {seed}"
-    state = {
-        name: value.detach().cpu().half().contiguous() for name, value in backbone.vit.state_dict().items()
-    }
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic(out, lambda part: save_file(state, part, {"made by": made, "timm": timm.__version__}))
+    made = f"python -m ssepa_lib pretrain --out {out.name} --steps {steps} --seed {seed}"
+    values = backbone.vit.state_dict().items()
+    state = {name: value.detach().cpu().half().contiguous() for name, value in values}
+    metadata = {"made by": made, "timm": timm.__version__}
+    write_atomically(out, lambda part: save_file(state, part, metadata))
     return out

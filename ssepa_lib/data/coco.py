@@ -7,8 +7,8 @@ import numpy as np
 
 from ssepa_lib.data.datasets import Outcome, Preparation, Verification, refuse_missing, stems
 from ssepa_lib.data.download import Progress
+from ssepa_lib.data.folder import TableDataset, read_label_table
 from ssepa_lib.data.images import write_mask
-from ssepa_lib.data.tables import TableDataset, read_label_table
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import write_csv
 from ssepa_lib.paths import PROJECT

@@ -1,6 +1,6 @@
-"""Progress of trainings and notebooks: a training writes where it is, the runner shows it.
+"""Progress of runs and notebooks: a run writes where it is, the runner of the notebooks shows it.
 
-A notebook's kernel is another process, so a training tells the runner through a small file named by the environment
+A notebook's kernel is another process, so a run reports through a small file named by the environment
 variable `SSEPA_PROGRESS`; without it, the same callback moves an ordinary progress bar.
 """
 
@@ -8,34 +8,42 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssepa_lib.files import write_text
+
 PROGRESS = "SSEPA_PROGRESS"
+COLOURS = {"done": "green", "failed": "red", "skipped": "yellow", "running": "bold cyan"}
 
 
 def progress_writer(label: str) -> Callable[[Mapping[str, Any]], None]:
     """A callback for `train(..., on_step=...)`, which calls it with {step, steps, loss, seconds_left, …}.
 
-    Under the runner it tells the runner where the training is; anywhere else it moves a progress bar.
+    Under the runner it reports where the run is; anywhere else it moves a progress bar.
     """
     target = os.environ.get(PROGRESS)
     if target is None:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(desc=label)
+        return _bar(label)
 
     def on_step(row: Mapping[str, Any]) -> None:
-        if target is None:
-            bar.total = row["steps"]
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            bar.update(row["step"] - bar.n)
-            return
         state = {"label": label, **{name: row[name] for name in ("step", "steps", "loss", "seconds_left")}}
-        Path(target + ".new").write_text(json.dumps(state))
-        os.replace(target + ".new", target)
+        write_text(Path(target), json.dumps(state))
+
+    return on_step
+
+
+def _bar(label: str) -> Callable[[Mapping[str, Any]], None]:
+    from tqdm.auto import tqdm
+
+    bar = tqdm(desc=label)
+
+    def on_step(row: Mapping[str, Any]) -> None:
+        bar.total = row["steps"]
+        bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        bar.update(row["step"] - bar.n)
 
     return on_step
 
@@ -46,7 +54,12 @@ def clock(seconds: float) -> str:
 
 
 class Display:
-    """Rows of notebooks with their state and, while one trains, its step, loss and time left."""
+    """Rows of notebooks with their state and, while one trains, its step, loss and time left.
+
+    Args:
+        names: of the notebooks, in the order in which they run.
+        progress: file through which a run in a notebook's kernel reports.
+    """
 
     def __init__(self, names: Sequence[str], progress: Path):
         from rich.console import Console
@@ -58,9 +71,9 @@ class Display:
         self.done = threading.Event()
 
     def training(self) -> str:
-        """One line about a training in progress, or nothing."""
+        """One line about the run in progress, or nothing."""
         try:
-            state = json.loads(self.progress.read_text())
+            state = json.loads(self.progress.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return ""
         if state["step"] >= state["steps"]:
@@ -77,15 +90,11 @@ class Display:
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("notebook", "", "cell", "time", ""):
             table.add_column(column, style="dim" if column == "time" else None)
-        colours = {"done": "green", "failed": "red", "skipped": "yellow", "running": "bold cyan"}
         for name, (state, cell, taken) in self.rows.items():
-            running = state == "running"
-            cells = (
-                (self.cell, clock(time.time() - self.began), self.training())
-                if running
-                else (cell, taken, "")
-            )
-            table.add_row(name, f"[{colours.get(state, 'dim')}]{state}[/]", *cells)
+            cells = (cell, taken, "")
+            if state == "running":
+                cells = (self.cell, clock(time.time() - self.began), self.training())
+            table.add_row(name, f"[{COLOURS.get(state, 'dim')}]{state}[/]", *cells)
         return table
 
     def _lines(self) -> None:
@@ -98,7 +107,7 @@ class Display:
             last = line
 
     @contextmanager
-    def show(self):
+    def show(self) -> Iterator[None]:
         """Keep the display up while the notebooks run."""
         from rich.live import Live
 
@@ -115,18 +124,20 @@ class Display:
             thread.join()
 
     def start(self, name: str) -> None:
+        """A notebook begins."""
         self.progress.unlink(missing_ok=True)
         self.current, self.began, self.cell = name, time.time(), ""
         self.rows[name][0] = "running"
 
     def at_cell(self, index: int, total: int) -> None:
+        """The notebook that runs has come to a cell, counted from 0."""
         self.cell = f"{index + 1}/{total}"
 
     def end(self, name: str, state: str) -> None:
+        """A notebook is done, failed or skipped."""
         taken = clock(time.time() - self.began) if name == self.current else ""
         self.rows[name] = [state, self.cell if taken else "", taken]
         if not self.console.is_terminal:
             position = list(self.rows).index(name) + 1
-            self.console.print(
-                f"[{position}/{len(self.rows)}] {name}: {state} {taken}".rstrip(), markup=False
-            )
+            line = f"[{position}/{len(self.rows)}] {name}: {state} {taken}".rstrip()
+            self.console.print(line, markup=False)

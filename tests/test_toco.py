@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.methods.contrast import local_views, region_map
+from ssepa_lib.methods.toco import local_views, region_map
 
 
 def coordinates(batch, side):

@@ -1,0 +1,236 @@
+"""Commands on notebooks, studies, tables and benchmarks; see `commands`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg, create_mutex_group
+
+from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Run, TestTimes, counter, pairs, print_row
+from ssepa_lib.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SIZE = create_mutex_group(required=False)
+
+
+def workbook(
+    *,
+    preset: str = "shapes",
+    only: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NN")] = (),
+    start: Annotated[str | None, arg(name="from", metavar="NN")] = None,
+    parameter: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["-p"], metavar="NAME=VALUE")] = (),
+) -> int:
+    """Run the notebooks headlessly and write the report.
+
+    Example: python -m ssepa_lib workbook --preset voc_mini --only 03 -p seed=1
+
+    Args:
+        preset: Data recipe: shapes, voc_mini, voc, …
+        only: Run only this notebook.
+        start: Start with this notebook.
+        parameter: Set a parameter of the notebooks.
+    """
+    from ssepa_lib.workbook.runner import run_workbook
+
+    return run_workbook(preset, list(only), start, pairs(parameter))
+
+
+def study(
+    preset: Positional[str],
+    methods: Annotated[Positional[tuple[str, ...]], arg(metavar="METHOD …")],
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    splits: tuple[str, ...] = ("val", "train"),
+    steps: int = 0,
+    test_time: TestTimes = ("single",),
+    run_name: str = "",
+    changes: Changes = (),
+    device: Device = "auto",
+) -> None:
+    """Train and score several methods with the same seeds: mean, spread and paired differences.
+
+    Example: python -m ssepa_lib study voc_mini toco ssepa --seeds 0 1 --test-time single ms
+
+    Args:
+        preset: Data recipe.
+        methods: Methods; differences are taken from the first.
+        seeds: Seeds.
+        splits: Splits to score.
+        steps: Length of each run; 0: what the recipe says.
+        run_name: Added to the names of the folders.
+    """
+    from ssepa_lib.files import write_atomically, write_text
+    from ssepa_lib.workbook.study import preset_folder, run_study
+
+    if not methods:
+        raise UserError("study needs one or more methods, for example: study shapes toco ssepa.")
+    runs = run_study(
+        preset,
+        methods,
+        seeds,
+        splits={split: {"test_time": test_time} for split in splits},
+        steps=steps,
+        device=device,
+        run_name=run_name,
+        arms={"": pairs(changes)},
+        progress=announce,
+    )
+    path = preset_folder(preset) / "tables" / "-".join(filter(None, ("study", run_name)))
+    text = study_text(runs, methods[0], seeds)
+    table = runs.drop(columns="settings")
+    write_atomically(path.with_suffix(".csv"), lambda part: table.to_csv(part, index=False))
+    write_text(path.with_suffix(".md"), f"{text}\n")
+    print(text, path.with_suffix(".md"), sep="\n\n")
+
+
+def study_text(runs: "pd.DataFrame", base: str, seeds: Sequence[int]) -> str:
+    """Means and paired differences of every split as Markdown, with the settings they belong to."""
+    from ssepa_lib.evaluation import OUTPUTS, TEST_TIME, column_names, describe_settings
+    from ssepa_lib.workbook import tables as t
+
+    known = column_names(OUTPUTS, tuple(TEST_TIME))
+    columns = [name for name in known if name in runs and runs[name].notna().any()]
+    parts = []
+    for split, rows in runs.groupby("split", sort=False):
+        means = t.summary(rows, ["method"], columns)
+        differences = t.paired_differences(rows, "method", base, columns)
+        titles = {f"{split}: mIoU, %": means, f"{split}: difference from {base}": differences}
+        for title, table in titles.items():
+            parts.append(f"## {title}\n\n{t.to_markdown(t.plus_minus_columns(table, columns, 2))}")
+        lines = [f"- {line}" for line in describe_settings(rows["settings"].tolist(), columns)]
+        parts.append("\n".join([f"Setting (mean ± sd over seeds {list(seeds)}):\n", *lines]))
+    return "\n\n".join(parts)
+
+
+def haaf(
+    run: Run,
+    *,
+    steps: int = 350,
+    splits: tuple[str, ...] = ("train", "val"),
+    attention: Literal["probabilities", "logits"] = "probabilities",
+    descriptor: Literal["patch", "full"] = "patch",
+    iterations: int = 1,
+    out: AnyFolder = None,
+    device: Device = "auto",
+) -> None:
+    """Train HAAF alone on a finished run with every objective; compare with every layer alone.
+
+    Example: python -m ssepa_lib haaf results/voc_mini/ssepa-seed0 --iterations 2
+
+    Args:
+        steps: Updates of HAAF.
+        splits: Splits to score.
+        attention: What the affinity is made of.
+        descriptor: What HAAF pools.
+        iterations: How often the affinity is applied.
+        out: For haaf.csv and haaf.png; by default the run folder.
+    """
+    from ssepa_lib.data import measured_split
+    from ssepa_lib.files import write_text
+    from ssepa_lib.recipe import HAAF_OBJECTIVES
+    from ssepa_lib.training.run import load_run
+    from ssepa_lib.workbook import figures, tables
+    from ssepa_lib.workbook.haaf_study import compare_haaf_objectives
+
+    network, recipe = load_run(run, device)
+    settings = {"attention": attention, "descriptor": descriptor, "iterations": iterations}
+    variants = {kind: {"haaf_objective": kind} | settings for kind in HAAF_OBJECTIVES[1:]}
+    datasets = [measured_split(recipe, split) for split in splits]
+    progress = counter("HAAF", "step")
+    table = compare_haaf_objectives(network, recipe, variants, datasets, steps=steps, progress=progress)
+    files = [(out or run) / name for name in ("haaf.csv", "haaf.png")]
+    write_text(files[0], table.round(3).to_csv(index=False))
+    figures.use_style()
+    axes = figures.plot_haaf_objectives(table, datasets[0].split)
+    figures.save_figure(axes[0].figure, files[1])
+    print(tables.to_markdown(table), *files, sep="\n")
+
+
+def tables(
+    number: Positional[tuple[Literal[1, 2, 3, 5], ...]] = (1, 2, 3, 5), *, preset: str = "voc"
+) -> None:
+    """Print the paper's tables with this workbook's runs beside them.
+
+    Example: python -m ssepa_lib tables 3 --preset voc_mini
+
+    Args:
+        number: Numbers of the tables.
+        preset: Data recipe.
+    """
+    from ssepa_lib.paths import results_root
+    from ssepa_lib.workbook import published
+    from ssepa_lib.workbook.tables import collect_runs, to_markdown
+
+    runs = collect_runs(results_root() / preset)
+    for each in number:
+        print(f"\nTable {each}\n\n{to_markdown(getattr(published, f'table_{each}')(runs))}")
+
+
+def bench(
+    suite: Annotated[Positional[tuple[str, ...]], arg(metavar="SUITE …")] = (),
+    *,
+    out: AnyFolder = None,
+    quick: Annotated[bool, _SIZE] = False,
+    full: Annotated[bool, _SIZE] = False,
+    device: Device = "auto",
+) -> int:
+    """Measure speed and memory; every row is a ratio within one run.
+
+    Example: python -m ssepa_lib bench affinity step --quick
+
+    Args:
+        suite: affinity, step, par, energy, loader, crf or scaling; by default all.
+        out: By default results/bench.
+        quick: Smaller sizes, fewer repeats.
+        full: ViT-B at 448² on a CPU too (minutes per row).
+    """
+    from ssepa_lib.benchmarks.bench import run_suites
+
+    return run_suites(list(suite), out, quick=quick, full=full, device=device)
+
+
+def gpu(
+    *,
+    out: Folder,
+    data: Annotated[Path | None, arg(metavar="VOC_ROOT")] = None,
+    weights: AnyFolder = None,
+    minutes: float = 9.0,
+    dry_run: bool = False,
+) -> int:
+    """Check, measure and train on a GPU within a few minutes; writes one JSON, a table and figures.
+
+    Example: python -m ssepa_lib gpu --out results/gpu --minutes 5
+
+    Args:
+        out: For the results.
+        data: VOC 2012 folder; by default the built-in scenes.
+        weights: Folder with ViT-Tiny's weights; by default random weights.
+        minutes: Time for everything.
+        dry_run: The whole path with toy sizes on the CPU.
+    """
+    from ssepa_lib.benchmarks.gpu import run_gpu
+
+    return run_gpu(out, minutes, data=data, weights=weights, dry_run=dry_run)
+
+
+def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, seed: int = 0) -> None:
+    """Pre-train the micro ViT of the built-in data again.
+
+    Example: python -m ssepa_lib pretrain --out vit_micro.safetensors
+
+    Args:
+        out: The .safetensors file.
+        steps: Updates.
+        seed: Seed.
+    """
+    from ssepa_lib.benchmarks.pretrain_shapes import pretrain
+
+    print(pretrain(out, steps=steps, seed=seed, on_step=print_row))
+
+
+def announce(label: str) -> Callable[[Mapping[str, Any]], None]:
+    """Say which run begins."""
+    print(label, flush=True)
+    return print_row

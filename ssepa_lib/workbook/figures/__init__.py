@@ -1,0 +1,42 @@
+"""Every figure of the notebooks.
+
+Images, maps, tables and results come in; axes go out. Functions that begin with `plot_` draw on the axes they
+are given, or on new ones, and return them; none of them calls `show`. The style is set once by `use_style`.
+"""
+
+from ssepa_lib.workbook.figures.curves import plot_learning_curves, plot_scaling_curves, plot_threshold_curve
+from ssepa_lib.workbook.figures.images import (
+    plot_affinity_row,
+    plot_cam,
+    plot_cam_grid,
+    plot_crop_views,
+    plot_image,
+    plot_mask,
+    plot_mask_grid,
+)
+from ssepa_lib.workbook.figures.layers import plot_attention_strip, plot_haaf_objectives, plot_layer_weights
+from ssepa_lib.workbook.figures.scores import plot_class_scores, plot_memory_bars, plot_runs
+from ssepa_lib.workbook.figures.style import OUTPUT_NAMES, method_name, save_figure, use_style
+
+__all__ = [
+    "OUTPUT_NAMES",
+    "method_name",
+    "plot_affinity_row",
+    "plot_attention_strip",
+    "plot_cam",
+    "plot_cam_grid",
+    "plot_class_scores",
+    "plot_crop_views",
+    "plot_haaf_objectives",
+    "plot_image",
+    "plot_layer_weights",
+    "plot_learning_curves",
+    "plot_mask",
+    "plot_mask_grid",
+    "plot_memory_bars",
+    "plot_runs",
+    "plot_scaling_curves",
+    "plot_threshold_curve",
+    "save_figure",
+    "use_style",
+]

@@ -1,0 +1,118 @@
+"""Curves: losses over steps, mIoU over thresholds, cost over size."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from ssepa_lib.workbook.figures.style import BESIDE, OUTPUT_NAMES, own_axes
+
+TERM_NAMES = {
+    "lr": "learning rate of the backbone",
+    "loss": "total loss",
+    "cls": "classification",
+    "aux_cls": "auxiliary classification",
+    "ptc": "patch token contrast",
+    "ctc": "class token contrast",
+    "seg": "segmentation",
+    "reg": "dense energy",
+    "haaf": "HAAF objective",
+    "unc": "uncertain patches (FSR)",
+    "cer": "class token (FSR)",
+}  # column of history.csv → title of its panel
+
+
+def plot_learning_curves(
+    histories: Mapping[str, pd.DataFrame | Path | str],
+    terms: Sequence[str] | None = None,
+    columns: int = 4,
+    smooth: int = 1,
+) -> np.ndarray:
+    """One panel per loss term, one line per run.
+
+    Args:
+        histories: run → `history.csv` or its content (columns step, lr, seconds and the terms).
+        terms: columns to show; None: the learning rate and every term some run has.
+        smooth: running mean over so many rows.
+
+    Returns:
+        Axes of the panels, flat.
+    """
+    tables = {run: h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for run, h in histories.items()}
+    if terms is None:
+        found = dict.fromkeys(column for table in tables.values() for column in table)
+        terms = [column for column in found if column not in ("step", "seconds")]
+    columns = min(columns, len(terms))
+    rows = -(-len(terms) // columns)
+    size = (2.7 * columns, 2 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, squeeze=False)
+    for ax, term in zip(axes.flat, terms, strict=False):
+        _plot_term(tables, term, smooth, ax)
+    for ax in axes.flat[len(terms) :]:
+        ax.remove()
+    for column in range(columns):
+        last = max(r for r in range(rows) if r * columns + column < len(terms))
+        axes[last, column].set_xlabel("step")
+    if len(tables) > 1:
+        entries = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*entries, loc="outside lower center", ncols=min(len(tables), 4))
+    return axes.ravel()[: len(terms)]
+
+
+def _plot_term(tables: Mapping[str, pd.DataFrame], term: str, smooth: int, ax: Axes) -> None:
+    """One panel; a run without the term has an empty line, so that colours stay with their runs."""
+    for run, table in tables.items():
+        if term in table:
+            shown = table[["step", term]].dropna()
+        else:
+            shown = pd.DataFrame({"step": [], term: []})
+        mean = shown[term].rolling(smooth, min_periods=1).mean()
+        ax.plot(shown["step"], mean, label=run, linewidth=1.4)
+    ax.set_title(TERM_NAMES.get(term, term), fontsize="small")
+    ax.ticklabel_format(axis="y", scilimits=(-2, 3))
+
+
+def plot_threshold_curve(
+    results: Mapping[str, dict], outputs: Sequence[str] = ("cam", "refined_cam"), ax: Axes | None = None
+) -> Axes:
+    """mIoU of thresholded maps against the background threshold.
+
+    Args:
+        results: run → result of `evaluate`; the dot marks the best threshold.
+        outputs: maps to show.
+    """
+    ax = own_axes(ax)
+    for i, (run, result) in enumerate(results.items()):
+        curve = result["threshold_curve"]
+        for output, style in zip(outputs, ("--", "-", ":"), strict=False):
+            if output in curve:
+                label = f"{run}: {OUTPUT_NAMES[output]}"
+                ax.plot(curve["thresholds"], curve[output], style, color=f"C{i}", label=label)
+                best = int(np.argmax(curve[output]))
+                ax.plot(curve["thresholds"][best], curve[output][best], "o", color=f"C{i}")
+    ax.set(xlabel="background threshold", ylabel="mIoU, %")
+    ax.legend(**BESIDE)
+    return ax
+
+
+def plot_scaling_curves(
+    table: pd.DataFrame, x: str, y: str, hue: str, labels: tuple[str, str], ax: Axes | None = None
+) -> Axes:
+    """Cost against size on logarithmic axes, one line per `hue`.
+
+    Args:
+        table: long table with the columns named by x, y and hue.
+        labels: axis labels with units.
+    """
+    ax = own_axes(ax)
+    sns.lineplot(table, x=x, y=y, hue=hue, style=hue, markers=True, dashes=False, errorbar="sd", ax=ax)
+    ax.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
+    ticks = sorted(table[x].unique())
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    sns.move_legend(ax, **BESIDE, title="")
+    return ax

@@ -1,0 +1,77 @@
+"""What all figures share: the style, the names of quantities, and how a figure is saved."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ssepa_lib.compose import method_title
+from ssepa_lib.files import write_atomically
+
+OUTPUT_NAMES = {
+    "cam": "CAM",
+    "aux_cam": "auxiliary CAM",
+    "refined_cam": "refined CAM",
+    "pseudo_label": "pseudo-label",
+    "cam_ms": "CAM, MS",
+    "aux_cam_ms": "auxiliary CAM, MS",
+    "refined_cam_ms": "refined CAM, MS",
+    "pseudo_label_ms": "pseudo-label, MS",
+    "pseudo_label_ms_crf": "pseudo-label, MS + CRF",
+    "segmentation": "segmentation, one scale",
+    "segmentation_ms": "segmentation, MS",
+    "segmentation_ms_crf": "segmentation, MS + CRF",
+}  # output in metrics.json → what a figure or a table calls it
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend to the right of its axes
+MARKED = (("black", 2.0), ("#00e5ff", 1.0))  # colours and relative widths of a frame seen on any image
+
+
+def use_style() -> None:
+    """One look for all figures: seaborn's colour-blind safe palette, a light grid, a tight layout."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.85)
+    plt.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 100,
+            "savefig.dpi": 120,
+            "axes.titlesize": "medium",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "image.interpolation": "nearest",
+        }
+    )
+
+
+def save_figure(figure: Figure, path: Path | str, limit: int = 400_000) -> Path:
+    """Save as a PNG of at most `limit` bytes: first the colours are reduced to 256, then the resolution."""
+    path = Path(path)
+    write_atomically(path, lambda part: _save_within(figure, part, limit))
+    return path
+
+
+def _save_within(figure: Figure, path: Path, limit: int) -> None:
+    for dpi in (120, 96, 72, 54, 40):
+        figure.savefig(path, format="png", dpi=dpi)
+        if path.stat().st_size > limit:
+            with Image.open(path) as image:
+                colours = image.convert("RGB")
+            palette = colours.quantize(255)
+            palette.putpalette(palette.getpalette()[:765] + [255, 255, 255])  # paper stays white
+            colours.quantize(palette=palette).save(path, format="PNG", optimize=True)
+        if path.stat().st_size <= limit:
+            return
+
+
+def method_name(run: str) -> str:
+    """What a figure calls a method or a run folder: `ssepa-seed0` → `<title of ssepa>, seed0`."""
+    method, _, rest = run.partition("-")
+    return ", ".join(filter(None, [method_title(method), rest.replace("-", ", ")]))
+
+
+def own_axes(ax: Axes | None, size: tuple[float, float] = (6.4, 3.8)) -> Axes:
+    """The axes given, or new ones of a figure of `size` inches."""
+    return plt.subplots(figsize=size)[1] if ax is None else ax

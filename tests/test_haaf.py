@@ -1,0 +1,85 @@
+"""What trains HAAF: every objective lowers itself, reaches nothing but the MLP, and leaves padding out."""
+
+import pytest
+import torch
+
+from ssepa_lib.methods.haaf import HaafObjective, objectives
+from ssepa_lib.recipe import HAAF_OBJECTIVES
+
+
+@pytest.mark.parametrize("kind", HAAF_OBJECTIVES[1:])
+@pytest.mark.parametrize("attention", ["probabilities", "logits"])
+def test_every_objective_trains_haaf_and_nothing_else(tiny, step_of, kind, attention):
+    settings = {"affinity.haaf_objective": kind, "affinity.attention": attention}
+    recipe = tiny("ssepa", **settings, **{"losses.segmentation_start": 0.0})
+    trainer, step = step_of(recipe)
+    torch.manual_seed(1)  # weights that are not saturated, where the loss would hardly change
+    torch.nn.init.normal_(trainer.network.haaf.mlp[2].weight, std=0.5)
+    part, haaf = HaafObjective(recipe), trainer.network.haaf
+    before = part(step())["haaf"]
+    assert before.isfinite()
+    before.backward()
+    touched = {name for name, p in trainer.network.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched and all(name.startswith("haaf.") for name in touched)
+    with torch.no_grad():  # a small step against the gradient lowers the loss
+        for p in haaf.parameters():
+            p -= 0.002 * p.grad / (1e-8 + sum(q.grad.square().sum() for q in haaf.parameters()).sqrt())
+        assert part(step())["haaf"] < before
+
+
+def test_valid_tokens_lie_mostly_on_the_image(tiny, step_of):
+    _, make = step_of(tiny("ssepa"))
+    step = make()
+    step.batch.box = torch.tensor([[0, 32, 0, 32], [5, 21, 8, 20]])  # patches of 8 pixels
+    valid = step.valid_tokens.view(2, 4, 4)
+    assert valid[0].all()
+    # rows 8-16 and 16-21, columns 8-16; 16-20 is only half
+    assert valid[1].nonzero().tolist() == [[1, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("kind", ["ncut", "pooling"])
+def test_padding_does_not_supervise_haaf(tiny, step_of, kind):
+    recipe = tiny("ssepa", **{"affinity.haaf_objective": kind, "losses.segmentation_start": 0.0})
+    _, make = step_of(recipe)
+    step, part = make(), HaafObjective(recipe)
+    step.batch.box = torch.tensor([[0, 32, 0, 16]] * 2)
+    before = part(step)["haaf"].detach()
+    refined = part._refined
+    part._refined = lambda step: torch.where(step.valid_tokens.bool().unsqueeze(2), refined(step), 0.7)
+    torch.testing.assert_close(part(step)["haaf"].detach(), before)
+    part._refined = lambda step: refined(step) * 0.7
+    assert not torch.isclose(part(step)["haaf"].detach(), before)
+
+
+def test_pooling_asks_what_the_map_covers_and_what_it_leaves_out(tiny, step_of):
+    recipe = tiny("ssepa", **{"affinity.haaf_objective": "pooling", "losses.segmentation_start": 0.0})
+    trainer, make = step_of(recipe)
+    step, part = make(), HaafObjective(recipe)
+    maps, weight, total, count = part._refined(step), trainer.network.aux_classifier.weight, 0.0, 0
+    images = zip(step.output.aux, step.batch.label, maps, step.valid_tokens, strict=True)
+    for tokens, label, cover, valid in images:
+        cover = cover * valid[:, None]
+        rest = (1 - cover.max(1).values) * valid
+        outside = (rest[:, None] * tokens).sum(0) / rest.sum()
+        for c in label.nonzero().flatten():
+            inside = (cover[:, c, None] * tokens).sum(0) / cover[:, c].sum()
+            total += torch.log1p((-(inside @ weight[c])).exp()) + torch.log1p((outside @ weight[c]).exp())
+            count += 1
+    torch.testing.assert_close(part(step)["haaf"], total / count)
+
+
+def test_the_objective_waits_for_segmentation(tiny, trainer_for):
+    recipe = tiny("ssepa", **{"losses.segmentation_start": 0.5})
+    assert HaafObjective(recipe).start == recipe.segmentation_step == 3
+    trainer, batches = trainer_for(recipe)
+    seen = ["haaf" in trainer.step(next(batches)) for _ in range(5)]
+    assert seen == [False, False, False, True, True]
+
+
+def test_only_a_learned_haaf_has_an_objective(tiny):
+    for overrides in (
+        {"affinity.kind": "mean", "affinity.haaf_objective": "none"},
+        {"affinity.haaf_objective": "none"},
+    ):
+        assert objectives(tiny("ssepa", **overrides), None) == []
+    assert [type(part) for part in objectives(tiny("ssepa"), None)] == [HaafObjective]
