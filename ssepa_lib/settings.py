@@ -129,7 +129,7 @@ class AffinityConfig(Section, key="affinity"):
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
     """How many times the affinity is applied to a map (paper: once)."""
     deflate: bool = False
-    """Subtract the mean over patches after each application, so that maps do not drift towards a constant."""
+    """Subtract the mean over the patches from the propagated map: what is left of the constant map."""
     per_scale: bool = True
     """Propagate the map of every scale; false: their sum, with the affinity of the image itself."""
     auxiliary: bool = False

@@ -124,7 +124,7 @@ class PatchAffinity:
         descriptor: "full" pools the (P+N)² map, "patch" the patch-to-patch block.
         pooling: "mean" or "max" over that map.
         iterations: how often the map is multiplied.
-        deflate: after every multiplication subtract the mean over the patches, then ReLU. A row-stochastic
+        deflate: after the last multiplication subtract the mean over the patches, then ReLU. A row-stochastic
             affinity pulls every map towards the constant one; deflation removes that component.
         valid: [B, N], 1 on the image, 0 on padding, which deflation leaves out; None: no padding.
     """
@@ -253,12 +253,12 @@ class PatchAffinity:
             with torch.autocast(cam.device.type, enabled=False):
                 dense = self._matrix()
                 for _ in range(self.iterations):
-                    cam = self._deflated(dense @ cam.float())
-            return cam
+                    cam = dense @ cam.float()
+            return self._deflated(cam)
         for _ in range(self.iterations):
             products, descriptor = self.propagate(cam)
-            cam = self._deflated((self._resolve(descriptor)[:, :, None, None] * products).mean(1))
-        return cam
+            cam = (self._resolve(descriptor)[:, :, None, None] * products).mean(1)
+        return self._deflated(cam)
 
     def _deflated(self, cam: Tensor) -> Tensor:
         """A map [B, N, C] without the part that all patches share."""
