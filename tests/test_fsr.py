@@ -53,13 +53,13 @@ class TinyNetwork(nn.Module):
         self.mask_token = nn.Parameter(torch.ones(width))
         self.calls = []
 
-    def forward(self, image, *, segment=True, mask=None):
-        self.calls.append((image.clone(), mask))
+    def forward(self, image, *, segment=True, capture=False, mask=None):
+        self.calls.append((image.clone(), mask, self.training, torch.is_grad_enabled()))
         patches = self.embed(image.float().mean(3).transpose(1, 2))  # one patch per row of pixels
         aux = patches[..., :2].detach().transpose(1, 2).unflatten(2, (2, 2))
         if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token, patches)
-        return SimpleNamespace(patches=patches, cls=patches.mean(1), aux_cam=aux, grid=(2, 2))
+        return SimpleNamespace(patches=patches, cls=patches.mean(1), cam=aux, aux_cam=aux, grid=(2, 2))
 
 
 @pytest.fixture
@@ -73,6 +73,8 @@ def recipe():
             "contrast.hidden": 8,
             "contrast.bottleneck": 4,
             "reinforce.center_momentum": 0.75,
+            "cam.scales": [1.0],
+            "cam.flip": False,
         },
     )
 
@@ -95,10 +97,16 @@ def views(seed=1):
     return view1, view2, torch.tensor([[1.0, 0.0]] * 3)
 
 
-def step(network, view1, view2, label, *, fraction, seed=0):
+def step(network, recipe, view1, view2, label, *, fraction, seed=0, grid=(2, 2)):
     """What the objective reads of a training step."""
-    batch = SimpleNamespace(image=view1, view2=view2, label=label)
-    return SimpleNamespace(network=network, batch=batch, fraction=fraction, generator=generator(seed))
+    return SimpleNamespace(
+        network=network,
+        recipe=recipe,
+        batch=SimpleNamespace(image=view1, view2=view2, label=label),
+        output=SimpleNamespace(grid=grid),
+        fraction=fraction,
+        generator=generator(seed),
+    )
 
 
 # Masks
@@ -112,41 +120,56 @@ def test_masks_have_exactly_the_requested_ratio(selection, grid, block, ratio):
     config = ReinforceConfig(selection=selection, mask_block=block, mask_ratio=ratio)
     activation = torch.rand(2, *grid, generator=generator())
     for fraction in (0.0, 0.5):
-        chosen = blocks(mask_blocks(activation, IMAGE, config, fraction, generator()), grid, block)
+        chosen = blocks(mask_blocks(activation, IMAGE, grid, config, fraction, generator()), grid, block)
         number = math.ceil(grid[0] / block) * math.ceil(grid[1] / block)
-        assert chosen.flatten(1).sum(1).tolist() == [round(ratio * number)] * 2
+        assert chosen.flatten(1).sum(1).tolist() == [math.ceil(ratio * number)] * 2
 
 
 def test_uncertain_blocks_are_masked_first():
     activation = torch.full((2, 8, 8), 0.9)
     activation[:, :2, :4] = 0.5  # two of sixteen 2×2 blocks
     config = ReinforceConfig(mask_block=2, mask_ratio=0.25)
-    chosen = blocks(mask_blocks(activation, IMAGE, config, 0.5, generator()), (8, 8), 2)
+    chosen = blocks(mask_blocks(activation, IMAGE, (8, 8), config, 0.5, generator()), (8, 8), 2)
     assert chosen[:, 0, :2].all() and chosen.flatten(1).sum(1).tolist() == [4, 4]
     config = replace(config, selection="strict")
-    chosen = blocks(mask_blocks(activation, IMAGE, config, 0.5, generator()), (8, 8), 2)
+    chosen = blocks(mask_blocks(activation, IMAGE, (8, 8), config, 0.5, generator()), (8, 8), 2)
     assert chosen[:, 0, :2].all() and chosen.flatten(1).sum(1).tolist() == [2, 2]
     activation[:] = 0.5  # more uncertain blocks than wanted
-    chosen = blocks(mask_blocks(activation, IMAGE, config, 0.5, generator()), (8, 8), 2)
+    chosen = blocks(mask_blocks(activation, IMAGE, (8, 8), config, 0.5, generator()), (8, 8), 2)
     assert chosen.flatten(1).sum(1).tolist() == [4, 4]
 
 
 def test_uncertain_interval_is_open():
     activation = torch.tensor([[[0.2, 0.7], [0.3, 0.0]]])
     config = ReinforceConfig(selection="strict", mask_block=1, mask_ratio=0.75)
-    assert mask_blocks(activation, IMAGE[:1], config, 1.0, generator()).tolist() == [
+    assert mask_blocks(activation, IMAGE[:1], (2, 2), config, 1.0, generator()).tolist() == [
         [False, False, True, False]
     ]
 
 
 def test_blocks_are_random_at_first_and_follow_the_generator():
-    activation = torch.full((1, 8, 8), 0.5)
+    uncertain, certain = torch.full((1, 8, 8), 0.5), torch.zeros(1, 8, 8)
     config = ReinforceConfig(selection="strict", mask_block=1, mask_ratio=0.25)
-    early = mask_blocks(torch.zeros(1, 8, 8), IMAGE, config, 0.19, generator())
+
+    def mask(activation, fraction, seed=0):
+        return mask_blocks(activation, IMAGE[:1], (8, 8), config, fraction, generator(seed))
+
+    early = mask(certain, 0.19)
     assert early.sum() == 16  # nothing is uncertain, yet blocks are masked
-    assert not mask_blocks(torch.zeros(1, 8, 8), IMAGE, config, 0.2, generator()).any()
-    assert torch.equal(early, mask_blocks(activation, IMAGE, config, 0.0, generator()))
-    assert not torch.equal(early, mask_blocks(activation, IMAGE, config, 0.0, generator(1)))
+    assert not mask(certain, 0.2).any()
+    assert torch.equal(early, mask(uncertain, 0.0)) and torch.equal(early, mask(None, 0.0))
+    assert not torch.equal(early, mask(uncertain, 0.0, seed=1))
+
+
+def test_uncertainty_is_read_from_a_map_of_any_size():
+    """The map lies at image size; each block takes the value of its nearest pixel."""
+    activation = torch.full((1, 64, 48), 0.9)
+    activation[:, 32:, :24] = 0.5  # the lower left quarter
+    config = ReinforceConfig(selection="strict", mask_block=2, mask_ratio=0.9)
+    chosen = mask_blocks(activation, IMAGE[:1], (8, 6), config, 1.0, generator()).view(8, 6)
+    expected = torch.zeros(8, 6, dtype=torch.bool)
+    expected[4:, :4] = True  # of three columns of blocks the second begins left of the middle
+    assert torch.equal(chosen, expected)
 
 
 def test_edge_selection_takes_the_strongest_gradient():
@@ -156,7 +179,7 @@ def test_edge_selection_takes_the_strongest_gradient():
     strength = edge_strength(image, (8, 8), 2)
     assert strength.shape == (1, 4, 4)
     config = ReinforceConfig(selection="edge", mask_block=2, mask_ratio=3 / 16)
-    chosen = blocks(mask_blocks(torch.zeros(1, 8, 8), image, config, 1.0, generator()), (8, 8), 2)
+    chosen = blocks(mask_blocks(None, image, (8, 8), config, 1.0, generator()), (8, 8), 2)
     assert chosen[0, 1:, 2].all()
 
 
@@ -202,21 +225,23 @@ def test_schedules_at_their_ends():
 
 
 def test_distillation_equals_a_slow_version():
+    """Three images: one token, none and two; the mean within an image, then over the images that have any."""
     student, teacher = torch.randn(2, 3, 4, generator=generator())
-    center, total = torch.randn(4, generator=generator(1)), 0.0
-    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+    center, owner, losses = torch.randn(4, generator=generator(1)), [0, 2, 2], {0: [], 1: [], 2: []}
+    for image, s, t in zip(owner, student.tolist(), teacher.tolist(), strict=True):
         target = [math.exp((x - c) / 0.5) for x, c in zip(t, center.tolist(), strict=True)]
         predicted = [math.exp(x / 0.8) for x in s]
-        total -= sum(
-            a / sum(target) * math.log(b / sum(predicted)) for a, b in zip(target, predicted, strict=True)
-        )
-    assert float(self_distillation(student, teacher, center, 0.8, 0.5)) == pytest.approx(total / 3, rel=1e-4)
+        pairs = zip(target, predicted, strict=True)
+        losses[image].append(-sum(a / sum(target) * math.log(b / sum(predicted)) for a, b in pairs))
+    expected = (losses[0][0] + sum(losses[2]) / 2) / 2
+    found = self_distillation(student, teacher, center, torch.tensor(owner), 3, (0.8, 0.5))
+    assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
 def test_distillation_keeps_float32_and_gradients_to_the_student_only():
     student = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
     teacher = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
-    loss = self_distillation(student, teacher, torch.zeros(4), 0.1, 0.04)
+    loss = self_distillation(student, teacher, torch.zeros(4), torch.arange(3), 3, (0.1, 0.04))
     loss.backward()
     assert loss.dtype == torch.float32 and student.grad.abs().sum() > 0 and teacher.grad is None
 
@@ -241,58 +266,78 @@ def test_centres_are_averaged_over_processes(monkeypatch):
     assert centers.cls.tolist() == [5.0, 5.0] and centers.patches.tolist() == [6.0, 6.0]
 
 
-def test_views_and_teacher_are_paired_as_published(tiny):
+def test_views_and_teacher_are_paired_as_published(tiny, recipe):
     network, reinforce = tiny
     view1, view2, label = views()
     reinforce.centers.update(torch.rand(2, 5), torch.rand(2, 5))
     before = (reinforce.centers.cls.clone(), reinforce.centers.patches.clone())
-    losses = reinforce(step(network, view1, view2, label, fraction=0.0625))
-    [(seen, mask)] = network.calls  # the student: one pass, view 2, masked
+    losses = reinforce(step(network, recipe, view1, view2, label, fraction=0.0625))
+    [(seen, mask, *_)] = network.calls  # the student: one pass, view 2, masked
     assert torch.equal(seen, view2) and mask.sum(1).tolist() == [2, 2, 2]
 
     project, teach = reinforce.projector, reinforce.teacher.module["network"]
     masked, whole1, whole2 = network(view2, mask=mask), teach(view1), teach(view2)
-    unc = self_distillation(
-        project(masked.patches)[mask], project(whole2.patches)[mask], before[1], 0.1, 0.055
-    )
-    cer = self_distillation(project(masked.cls), project(whole1.cls), before[0], 0.1, 0.055)
+
+    def distil(student, teacher, center, image):
+        return self_distillation(project(student), project(teacher), center, image, 3, (0.1, 0.055))
+
+    image, every = mask.nonzero()[:, 0], torch.arange(3)
+    unc = distil(masked.patches[mask], whole2.patches[mask], before[1], image)
+    cer = distil(masked.cls, whole1.cls, before[0], every)
     torch.testing.assert_close(losses["unc"], unc)
     torch.testing.assert_close(losses["cer"], cer)
-    swapped = self_distillation(project(masked.cls), project(whole2.cls), before[0], 0.1, 0.055)
+    swapped = distil(masked.cls, whole2.cls, before[0], every)
     assert abs(swapped - cer) > 0.01  # the inputs tell the views apart
-    cls = torch.cat([project(whole1.cls), project(whole2.cls)])
-    torch.testing.assert_close(reinforce.centers.cls, 0.75 * before[0] + 0.25 * cls.mean(0))
+    # each centre follows what it is compared with: class tokens of view 1, patches of view 2
+    cls, patches = project(whole1.cls).mean(0), project(whole2.patches).mean((0, 1))
+    torch.testing.assert_close(reinforce.centers.cls, 0.75 * before[0] + 0.25 * cls)
+    torch.testing.assert_close(reinforce.centers.patches, 0.75 * before[1] + 0.25 * patches)
 
 
-def test_only_the_student_and_projector_are_trained(tiny):
+@pytest.mark.parametrize("selection", ["random", "edge", "strict", "loose"])
+def test_only_uncertain_blocks_need_a_map_of_view_2(tiny, recipe, selection):
     network, reinforce = tiny
-    losses = reinforce(step(network, *views(), fraction=0.0))
+    reinforce.config = replace(reinforce.config, selection=selection)
+    for fraction, needed in ((0.1, False), (0.5, selection in ("strict", "loose"))):
+        network.calls.clear()
+        view1, view2, label = views()
+        reinforce(step(network.train(), recipe, view1, view2, label, fraction=fraction))
+        *maps, (_, mask, training, gradient) = network.calls
+        assert mask is not None and training and gradient  # the student's own pass
+        assert len(maps) == needed and network.training
+        for seen, hidden, training, gradient in maps:  # the whole view, as in inference
+            assert torch.equal(seen, view2) and hidden is None and not training and not gradient
+
+
+def test_only_the_student_and_projector_are_trained(tiny, recipe):
+    network, reinforce = tiny
+    losses = reinforce(step(network, recipe, *views(), fraction=0.0))
     (losses["unc"] + losses["cer"]).backward()
     trained = [*network.parameters(), *reinforce.projector.parameters()]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     assert all(p.grad is None for p in reinforce.teacher.parameters())
 
 
-def test_nothing_masked_gives_zero_with_a_gradient_path(tiny):
+def test_nothing_masked_gives_zero_with_a_gradient_path(tiny, recipe):
     network, reinforce = tiny
     reinforce.config = replace(reinforce.config, mask_ratio=0.0)
-    losses = reinforce(step(network, *views(), fraction=0.5))
+    losses = reinforce(step(network, recipe, *views(), fraction=0.5))
     assert losses["unc"] == 0 and losses["cer"] > 0
     losses["unc"].backward()
     assert all(p.grad is None or not p.grad.any() for p in network.parameters())
 
 
-def test_absent_classes_are_not_uncertain(tiny):
+def test_absent_classes_are_not_uncertain(tiny, recipe):
     network, reinforce = tiny
     reinforce.config = replace(reinforce.config, selection="strict", uncertain=[0.01, 1.0])
     view1, view2, label = views()
-    assert reinforce(step(network, view1, view2, label, fraction=0.5))["unc"] > 0
-    assert reinforce(step(network, view1, view2, 0 * label, fraction=0.5))["unc"] == 0
+    assert reinforce(step(network, recipe, view1, view2, label, fraction=0.5))["unc"] > 0
+    assert reinforce(step(network, recipe, view1, view2, 0 * label, fraction=0.5))["unc"] == 0
 
 
-def test_evaluation_mode_leaves_the_centres_alone(tiny):
+def test_evaluation_mode_leaves_the_centres_alone(tiny, recipe):
     network, reinforce = tiny
-    reinforce.eval()(step(network, *views(), fraction=0.5))
+    reinforce.eval()(step(network, recipe, *views(), fraction=0.5))
     assert not reinforce.centers.cls.any()
 
 
@@ -301,7 +346,7 @@ def test_state_survives_saving_bit_for_bit(tiny, recipe, tmp_path):
 
     def train(network, reinforce, seed):
         optimiser = torch.optim.SGD([*network.parameters(), *reinforce.projector.parameters()], 0.1)
-        losses = reinforce(step(network, *views(seed), fraction=0.3, seed=seed))
+        losses = reinforce(step(network, recipe, *views(seed), fraction=0.3, seed=seed))
         (losses["unc"] + losses["cer"]).backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -333,7 +378,7 @@ def test_network_learns_from_the_masked_view(method):
     view1, view2 = torch.randint(0, 256, (2, 2, 3, 32, 32), generator=generator(), dtype=torch.uint8)
     label = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     with torch.autocast("cpu", torch.bfloat16):
-        losses = reinforce(step(network, view1, view2, label, fraction=0.5))
+        losses = reinforce(step(network, recipe, view1, view2, label, fraction=0.5, grid=(4, 4)))
     sum(losses.values()).backward()
     assert all(loss.dtype == torch.float32 and loss > 0 for loss in losses.values())
     untouched = ("classifier", "aux_classifier", "decoder", "haaf")  # the other objectives train these
