@@ -38,6 +38,7 @@ class Refiner:
             descriptor=c.descriptor,
             pooling=c.pooling,
             iterations=c.iterations,
+            balance=c.balance,
             deflate=c.deflate,
             valid=valid,
         )
