@@ -49,8 +49,8 @@ class HaafObjective(Objective):
     - pooling: softplus(−s(r)) + softplus(s(1 − max_c r)), where s scores the auxiliary tokens pooled under a
       map with the auxiliary classifier: the refined map holds its class, the rest does not.
     - ncut: normalised cut of max_c r on the graph of final tokens (`losses.normalised_cut`).
-    - variance: share of the variance of the auxiliary tokens that the segmentation sigmoid(10·(r − 0.5)) leaves
-      unexplained (`losses.unexplained_variance`); r is the map after all iterations of the refiner.
+    - variance: share of the variance of the auxiliary tokens which sigmoid(10·(r − 0.5)), as a segmentation,
+      does not explain (`losses.unexplained_variance`); r is the map after all iterations of the refiner.
     """
 
     def __init__(self, recipe: Recipe):

@@ -307,7 +307,7 @@ class PatchAffinity:
         return self._matrix().detach()
 
     def row(self, patch: int, layer: int | None = None, head: int | None = None) -> Tensor:
-        """From where one patch receives: a row of `dense()`, [B, N], without gradient; in O(N) unless balanced.
+        """From where a patch receives: a row of `dense()`, [B, N] without gradient; in O(N) unless balanced.
 
         Args:
             patch: index of the receiving patch, 0..N-1, row by row.
