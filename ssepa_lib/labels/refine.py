@@ -51,4 +51,6 @@ class Refiner:
 
 def build_refiner(config: AffinityConfig, network: Network) -> Refiner | None:
     """The refiner of a recipe for its network; None for a recipe without affinity."""
-    return None if config.kind == "none" else Refiner(config, network.haaf)
+    if config.kind == "none":
+        return None
+    return Refiner(config, network.haaf if config.kind == "haaf" else None)
