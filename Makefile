@@ -44,10 +44,10 @@ test: $(READY)  ## run the tests (VOC_ROOT and SSEPA_WEIGHTS, if set, add those 
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(READY)  ## check style, format and stripped notebooks without changing a file
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m nbstripout --verify notebooks/*.ipynb
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m nbstripout --keep-id --verify notebooks/*.ipynb
 
 format: $(READY)  ## format the code, correct what can be corrected, strip notebook outputs
-	@$(PY) -m ruff check --fix-only --quiet . && $(PY) -m ruff format . && $(PY) -m nbstripout notebooks/*.ipynb
+	@$(PY) -m ruff check --fix-only --quiet . && $(PY) -m ruff format . && $(PY) -m nbstripout --keep-id notebooks/*.ipynb
 
 lock: $(READY)  ## write the versions of this environment to requirements.lock, for every platform
 	@$(PY) -m uv pip freeze --python $(PY) --exclude-editable --quiet > $(ENV)/installed.txt

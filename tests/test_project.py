@@ -43,6 +43,7 @@ def test_what_the_library_imports_is_what_it_declares():
     roots = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"ssepa_lib"}
     distribution = {
         "PIL": "pillow",
+        "yaml": "pyyaml",
         "pydensecrf": "pydensecrf2",
         "lightning_fabric": "lightning-fabric",
         "lightning": "lightning-fabric",
