@@ -31,7 +31,7 @@ def call_uncompiled(module: nn.Module, x: Tensor, **arguments: Tensor) -> Tensor
 
 
 def embeds_positions(vit: nn.Module) -> bool:
-    """Whether a timm model is a plain vision transformer whose position embedding can be applied from outside."""
+    """Whether a timm model is a plain vision transformer whose positions can be embedded from outside."""
     return hasattr(vit, "blocks") and hasattr(vit, "_pos_embed")
 
 

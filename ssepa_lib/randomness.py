@@ -36,7 +36,7 @@ def derive_seed(purpose: Purpose, seed: int, step: int = 0, rank: int = 0) -> in
 
 
 def generator(purpose: Purpose, seed: int, step: int = 0, rank: int = 0) -> torch.Generator:
-    """A CPU generator of its own, so that every device draws the same numbers; arguments as in `derive_seed`."""
+    """A CPU generator, so that every device draws the same numbers; arguments as in `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(purpose, seed, step, rank))
 
 

@@ -1,4 +1,4 @@
-"""The feedback of labels on the map, the EMA copy that makes the maps, and the objective "variance" of HAAF."""
+"""Feedback of labels on the map, the EMA copy that makes the maps, and the objective "variance" of HAAF."""
 
 import torch
 

@@ -1,11 +1,11 @@
-"""Losses of a few steps and a small evaluation of every method, recorded before the library was restructured.
+"""Losses of a few steps and a small evaluation of every method, recorded before the library was rebuilt.
 
-On the CPU model and torch version of the record the numbers must agree to 1e-6 (most are equal to the last bit);
-elsewhere the kernels of the matrix products differ, and a relative 2e-3 is allowed. The recorded overrides carry
-the old names of the settings, so the table of renamed fields is tested as well.
+On the CPU model and torch version of the record the numbers must agree to 1e-6 (most are equal to the last
+bit); elsewhere the kernels of the matrix products differ, and a relative 2e-3 is allowed. The recorded
+overrides carry the old names of the settings, so the table of renamed fields is tested as well.
 
-`python tests/test_pinned_numbers.py PATTERN` records the cases again whose name contains the pattern: only after a
-deliberate change of the method, which the commit explains.
+`python tests/test_pinned_numbers.py PATTERN` records the cases again whose name contains the pattern: only
+after a deliberate change of the method, which the commit explains.
 """
 
 import json

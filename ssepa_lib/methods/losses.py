@@ -115,12 +115,12 @@ def normalised_cut(tokens: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
 
 
 def unexplained_variance(tokens: Tensor, foreground: Tensor, valid: Tensor, label: Tensor) -> Tensor:
-    """Share of the variance of the tokens that soft two-way segmentations do not explain (Otsu in token space).
+    """Share of the variance of the tokens that soft two-way segmentations leave unexplained.
 
-    With u the unit tokens after centring, a segmentation m explains the share
-    (‖Σ m u‖² / Σ m + ‖Σ (1−m) u‖² / Σ (1−m)) / N: the more, the more alike the tokens are within both sides. A
-    region that stays on a part of the object leaves the rest of it in the background, which lowers the share;
-    this rewards recruiting what looks like the seed. An objective of this workbook.
+    This is Otsu's criterion in the space of tokens. With u the unit tokens after centring, a segmentation m
+    explains the share (‖Σ m u‖² / Σ m + ‖Σ (1−m) u‖² / Σ (1−m)) / N: the more, the more alike the tokens are
+    within both sides. A region that stays on a part of the object leaves the rest of it in the background, which
+    lowers the share; this rewards recruiting what looks like the seed. An objective of this workbook.
 
     Args:
         tokens: [B, N, D].

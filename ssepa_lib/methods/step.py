@@ -52,9 +52,9 @@ class TrainStep:
     labeler: PseudoLabeler
     refiner: Refiner | None  # None before segmentation starts, and in a recipe without affinity
     output: NetworkOutput  # of the training crop
-    cams: Cams | None  # None unless an objective needs them, likewise below
-    token_label: Tensor | None  # [B, N] long, from the auxiliary CAM; 255 unknown
-    pseudo_label: Tensor | None  # [B, S, S] long, from the (refined) CAM after PAR; 255 unknown
+    cams: Cams | None = None  # None unless an objective needs them, likewise below
+    token_label: Tensor | None = None  # [B, N] long, from the auxiliary CAM; 255 unknown
+    pseudo_label: Tensor | None = None  # [B, S, S] long, from the (refined) CAM after PAR; 255 unknown
 
     @property
     def fraction(self) -> float:
@@ -88,20 +88,8 @@ def take_step(
     segmenting = index >= recipe.segmentation_step
     refiner = build_refiner(recipe.affinity, network) if segmenting else None
     output = network(image, segment=segmenting, capture=refiner is not None)
-    step = TrainStep(
-        network=network,
-        recipe=recipe,
-        batch=batch,
-        index=index,
-        segmenting=segmenting,
-        generator=generator("crops", recipe.train.seed, index),
-        labeler=labeler,
-        refiner=refiner,
-        output=output,
-        cams=None,
-        token_label=None,
-        pseudo_label=None,
-    )
+    crops = generator("crops", recipe.train.seed, index)
+    step = TrainStep(network, recipe, batch, index, segmenting, crops, labeler, refiner, output)
     if needs:
         source = network if teacher is None else teacher
         own = (
