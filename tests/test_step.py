@@ -51,6 +51,10 @@ EXPECTED = {
 }
 
 
+# once FSR no longer masks at random: the student's maps of the second view
+UNCERTAIN = [(4, 32, False), (4, 16, False), (4, 48, False)]
+
+
 @pytest.mark.parametrize("segmenting", [False, True])
 @pytest.mark.parametrize("method", EXPECTED)
 def test_the_table_of_forward_passes_is_true(tiny, trainer_for, method, segmenting):
@@ -62,6 +66,46 @@ def test_the_table_of_forward_passes_is_true(tiny, trainer_for, method, segmenti
     assert decoder == [segmenting] + [False] * (len(seen) - 1), "the decoder runs on the training crop alone"
     captured = [entry[4] for entry in seen]
     assert captured == [affinity] * 4 + [False] * (len(seen) - 4), "crop and CAM passes give the attention"
+
+
+@pytest.mark.parametrize(("selection", "more"), [("loose", UNCERTAIN), ("strict", UNCERTAIN), ("edge", [])])
+def test_uncertain_masks_of_fsr_need_maps_of_the_second_view(tiny, trainer_for, selection, more):
+    recipe = tiny("fsr", **{"reinforce.selection": selection, "reinforce.random_until": 0.5})
+    trainer, batches = trainer_for(recipe)
+    batch = next(batches)
+    seen = passes_of(trainer, batch)
+    assert [entry[:3] for entry in seen] == EXPECTED["fsr"], "random at first"
+    seen.clear()
+    trainer.index = 3
+    trainer.terms(batch)
+    assert [entry[:3] for entry in seen] == [*EXPECTED["fsr"][:-1], *more, EXPECTED["fsr"][-1]]
+
+
+def test_an_averaged_network_makes_the_maps(tiny, trainer_for):
+    """With cam.teacher_momentum the CAM passes, the image itself among them, go to the teacher."""
+    trainer, batches = trainer_for(tiny("toco", **{"cam.teacher_momentum": 0.5}))
+    batch = next(batches)
+    teacher = Passes()
+    teacher.watch(trainer.teacher.module)
+    student = passes_of(trainer, batch)
+    assert [entry[:3] for entry in student] == [(2, 32, True), *CONTRAST]
+    assert [entry[:3] for entry in teacher] == [(4, 32, False), *CAM[1:]]
+
+
+def test_the_averaged_network_follows_and_is_resumed(tiny, trainer_for):
+    recipe = tiny("toco", **{"cam.teacher_momentum": 0.5})
+    trainer, batches = trainer_for(recipe)
+    old = trainer.network.classifier.weight.detach().clone()
+    trainer.step(next(batches))
+    new, mean = trainer.network.classifier.weight, trainer.teacher.module.classifier.weight
+    torch.testing.assert_close(mean, (old + new.detach()) / 2)
+    assert not torch.equal(old, new) and not mean.requires_grad
+    other, _ = trainer_for(recipe)
+    other.load_state_dict(trainer.state_dict())
+    assert torch.equal(other.teacher.module.classifier.weight, mean)
+    batch = next(batches)
+    one, two = trainer.step(batch), other.step(batch)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_equivariance_adds_one_flipped_copy(tiny, trainer_for):
@@ -126,6 +170,19 @@ def test_pseudo_labels_come_from_the_refined_map_and_are_computed_once(tiny, ste
     assert step.pseudo_label.shape == (2, 32, 32) and step.token_label.shape == (2, 16)
     allowed = {0, 255} | {int(c) + 1 for c in step.batch.label.sum(0).nonzero()}
     assert set(step.pseudo_label.unique().tolist()) <= allowed
+
+
+def test_labels_come_from_the_auxiliary_maps_until_the_main_ones_are_trusted(tiny, trainer_for, monkeypatch):
+    recipe = tiny("toco", **{"cam.main_from": 0.5, "losses.segmentation_start": 0.0})
+    trainer, batches = trainer_for(recipe)
+    batch, seen = next(batches), []
+    monkeypatch.setattr(trainer.labeler, "training_labels", lambda image, cam, *rest: seen.append(cam))
+    steps = [
+        take_step(trainer.network, recipe, batch, index, trainer.labeler, {"pseudo_label"})
+        for index in (2, 3)
+    ]
+    assert torch.equal(seen[0], steps[0].cams.auxiliary) and torch.equal(seen[1], steps[1].cams.main)
+    assert not torch.equal(*seen)
 
 
 def test_padding_leaves_patch_token_contrast_only_where_asked(tiny, trainer_for):

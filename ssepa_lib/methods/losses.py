@@ -119,7 +119,7 @@ def unexplained_variance(tokens: Tensor, foreground: Tensor, valid: Tensor, labe
 
     This is Otsu's criterion in the space of tokens. With u the unit tokens after centring, a segmentation m
     explains the share (‖Σ m u‖² / Σ m + ‖Σ (1−m) u‖² / Σ (1−m)) / N: the more, the more alike the tokens are
-    within both sides. A region that stays on a part of the object leaves the rest of it in the background, which
+    within both sides. A region that stays on a part of the object leaves the rest in the background, which
     lowers the share; this rewards recruiting what looks like the seed. An objective of this workbook.
 
     Args:

@@ -15,11 +15,12 @@ flip:
 | teacher, both views | 2B | S | no | FSR |
 | masked second view | B | S | yes | FSR |
 | CAM, image itself in evaluation mode | B | S | no | FSR, whose drop path changes the training pass |
+| CAM of the second view, per scale with flip | 2B | S, S/2, 1.5·S | no | FSR with uncertain blocks |
 | flipped copy of the crop | B | 1.4·S | no | HAAF's objective "equivariance" |
 
 The decoder runs on the training crop alone, from `losses.segmentation_start` on. The patch affinity adds no
-forward
-pass: it reads the attention of the passes above.
+forward pass: it reads the attention of the passes above. With `cam.teacher_momentum` the CAM passes, then
+with the image itself, go to the averaged network. The image itself and its flip share one call.
 """
 
 from collections.abc import Set

@@ -1,7 +1,7 @@
 """One finished network, its maps read in several ways: plain, calibrated, propagated, balanced, with HAAF.
 
-Nothing is trained: what differs is the affinity and the calibration at test time. The same calibration is offered
-to the plain class activation map, so that a comparison with ToCo is fair.
+Nothing is trained: what differs is the affinity and the calibration at test time. The same calibration is
+offered to the plain class activation map, so that a comparison with ToCo is fair.
 """
 
 from collections.abc import Callable
