@@ -98,7 +98,7 @@ def views(seed=1):
 
 
 def step(network, recipe, view1, view2, label, *, fraction, seed=0, grid=(2, 2)):
-    """What the objective reads of a training step."""
+    """What the objective reads of one step."""
     return SimpleNamespace(
         network=network,
         recipe=recipe,

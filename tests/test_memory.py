@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: counted, by formula, and as the peak."""
+"""What one step of training keeps in memory: counted, by formula, and as the peak."""
 
 import pytest
 import timm

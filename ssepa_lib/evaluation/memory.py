@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: counted from what autograd saves, by formula, and as the peak.
+"""What one step of training keeps in memory: counted from what autograd saves, by formula, and as the peak.
 
 Activation memory is exact on any device; the peak comes from the allocator of a GPU or the profiler of a CPU.
 """
