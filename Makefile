@@ -1,5 +1,6 @@
 # Every target sets up its environment first: the active conda or virtual environment, otherwise .venv.
-# PYTHON=python3.12 picks the interpreter for .venv, ARGS is passed on: make workbook ARGS="--only 03 -p steps=100"
+# PYTHON=python3.12 picks the interpreter for .venv, LOCK=1 installs the versions of requirements.lock,
+# ARGS is passed on: make workbook ARGS="--only 03 -p steps=100"
 
 USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(or $(shell for p in python3.12 python3.11 python3; do \
@@ -9,30 +10,53 @@ PYTHON ?= $(or $(shell for p in python3.12 python3.11 python3; do \
 ACTIVE := $(or $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),$(VIRTUAL_ENV))
 ENV := $(or $(ACTIVE),.venv)
 PY := $(ENV)/bin/python
-READY := $(ENV)/.ssepa-workbook
-UV := $(PY) -m uv pip install --python $(PY) --quiet
+READY := $(ENV)/.ssepa-workbook$(if $(LOCK),-locked)
+VERSIONS := $(if $(LOCK),-c requirements.lock)
+UV := $(PY) -m uv pip install --python $(PY) --quiet $(VERSIONS)
+
+PORT ?= 8888
+FREE := import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); \
+	s.bind(("127.0.0.1", int(sys.argv[1])))
+ROOT := $(filter 0,$(shell id -u))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workbook test lab lint
+.PHONY: help setup workbook tour lab test lint format lock
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(READY)  ## install everything into .venv (or the active environment)
+setup: $(READY)  ## install everything into .venv (or the active environment); LOCK=1 for the tested versions
 
 workbook: $(READY)  ## run all notebooks on the built-in data; results and HTML report under results/
 	@$(PY) -m ssepa_lib workbook $(ARGS)
 
+tour: $(READY)  ## run only the first notebook, for a first figure within three minutes
+	@$(PY) -m ssepa_lib workbook --only 00 $(ARGS)
+
+lab: $(READY)  ## open the notebooks in JupyterLab, on PORT (8888) of this machine only
+	@$(PY) -c '$(FREE)' $(PORT) 2>/dev/null || { \
+	echo "Port $(PORT) is busy or not allowed: use another one, for example make lab PORT=8889, or close the JupyterLab that may already run there." >&2; exit 1; }
+	@$(if $(ROOT),echo "You are root: JupyterLab is started with --allow-root and can be reached from this machine only.")
+	@$(PY) -m jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) --ServerApp.port_retries=0 \
+	--ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(ROOT),--allow-root) $(ARGS)
+
 test: $(READY)  ## run the tests (VOC_ROOT and SSEPA_WEIGHTS, if set, add those on real images)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-lab: $(READY)  ## open the notebooks in JupyterLab
-	@$(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+lint: $(READY)  ## check style, format and stripped notebooks without changing a file
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m nbstripout --verify notebooks/*.ipynb
 
-lint: $(READY)  ## check style and strip notebook outputs
-	@$(PY) -m ruff check . && $(PY) -m nbstripout notebooks/*.ipynb
+format: $(READY)  ## format the code, correct what can be corrected, strip notebook outputs
+	@$(PY) -m ruff check --fix-only --quiet . && $(PY) -m ruff format . && $(PY) -m nbstripout notebooks/*.ipynb
 
-$(READY): pyproject.toml
+lock: $(READY)  ## write the versions of this environment to requirements.lock, for every platform
+	@$(PY) -m uv pip freeze --python $(PY) --exclude-editable --quiet > $(ENV)/installed.txt
+	@$(PY) -m uv pip compile pyproject.toml --all-extras --universal --quiet --no-annotate \
+	--python-version $$($(PY) -c 'import platform; print(platform.python_version())') \
+	--constraint $(ENV)/installed.txt --custom-compile-command "make lock" --output-file requirements.lock
+	@echo "requirements.lock: $$(grep -c == requirements.lock) versions"
+
+$(READY): pyproject.toml $(if $(LOCK),requirements.lock)
 ifeq ($(ACTIVE),)
 	@$(PYTHON) -c '$(USABLE)' 2>/dev/null || { \
 	echo "$(PYTHON) is missing, older than 3.11 or without its venv module: install Python 3.11 or 3.12, or pass PYTHON=/path/to/python3.12." >&2; exit 1; }
@@ -44,8 +68,8 @@ else
 endif
 	@echo "Installing into $(ENV) (about 5 GB on Linux, torch brings its CUDA libraries; once) …"
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv || true
-	@$(UV) -e '.[dev]' || $(PY) -m pip install --quiet -e '.[dev]'
+	@$(UV) -e '.[dev]' || $(PY) -m pip install --quiet $(VERSIONS) -e '.[dev]'
 	@$(UV) -e '.[crf]' >$(ENV)/crf.log 2>&1 || true
 	@$(PY) -c 'import pydensecrf.densecrf' 2>/dev/null || \
 	echo "Dense CRF is not available (Python 3.11 or 3.12 and a C++ compiler are needed; see $(ENV)/crf.log); everything else works."
-	@touch $@
+	@touch $(ENV)/.ssepa-workbook $@

@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "recipe": commands.recipe,
     "study": study_commands.study,
     "haaf": study_commands.haaf,
+    "readings": study_commands.readings,
     "tables": study_commands.tables,
     "bench": study_commands.bench,
     "gpu": study_commands.gpu,

@@ -30,7 +30,9 @@ Scales = Annotated[list[Scale], Field(min_length=1, max_length=16)]
 Dilation = Annotated[int, Field(ge=1, le=512)]
 TWO = Field(min_length=2, max_length=2)  # [low, high] or [first, last]
 
-HaafObjective = Literal["none", "cls", "affinity", "energy", "decoder", "equivariance", "pooling", "ncut"]
+HaafObjective = Literal[
+    "none", "cls", "affinity", "energy", "decoder", "equivariance", "pooling", "ncut", "variance"
+]
 HAAF_OBJECTIVES: tuple[str, ...] = get_args(HaafObjective)
 
 
@@ -128,8 +130,10 @@ class AffinityConfig(Section, key="affinity"):
     """Learning rate of HAAF's MLP."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
     """How many times the affinity is applied to a map (paper: once)."""
+    balance: bool = False
+    """Divide the columns of the affinity, then its rows, by their sums, and symmetrise it."""
     deflate: bool = False
-    """Subtract the mean over patches after each application, so that maps do not drift towards a constant."""
+    """Subtract the mean over the patches from the propagated map: what is left of the constant map."""
     per_scale: bool = True
     """Propagate the map of every scale; false: their sum, with the affinity of the image itself."""
     auxiliary: bool = False
@@ -140,8 +144,11 @@ class AffinityConfig(Section, key="affinity"):
             raise UserError(
                 f"affinity.haaf_objective '{self.haaf_objective}' needs affinity.kind haaf: only haaf learns."
             )
-        if self.deflate and self.kind == "none":
-            raise UserError("affinity.deflate needs an affinity; set affinity.kind to mean or haaf.")
+        for name in ("balance", "deflate"):
+            if getattr(self, name) and self.kind == "none":
+                raise UserError(f"affinity.{name} needs an affinity; set affinity.kind to mean or haaf.")
+        if self.balance and self.attention == "logits":
+            raise UserError("affinity.balance needs probabilities; set affinity.attention to probabilities.")
 
 
 @dataclass(frozen=True, config=CONFIG)

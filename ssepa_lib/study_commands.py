@@ -104,6 +104,35 @@ def study_text(runs: "pd.DataFrame", base: str, seeds: Sequence[int]) -> str:
     return "\n\n".join(parts)
 
 
+def readings(
+    run: Run,
+    *,
+    split: str = "train",
+    images: int = 0,
+    out: AnyFolder = None,
+    device: Device = "auto",
+) -> None:
+    """Read the maps of a finished run in several ways: calibrated, propagated, balanced, with HAAF.
+
+    Example: python -m ssepa_lib readings results/voc_mini/ssepa_plus-seed0 --images 100
+
+    Args:
+        split: The split to score.
+        images: Only the first so many images; 0: all.
+        out: Where to write readings.csv; by default the run folder.
+    """
+    from ssepa_lib.files import write_atomically
+    from ssepa_lib.workbook.readings import compare_readings
+    from ssepa_lib.workbook.tables import to_markdown
+
+    table = compare_readings(
+        run, split, images=images, device=device, progress=counter("readings", "reading")
+    )
+    path = (out or run) / "readings.csv"
+    write_atomically(path, lambda part: table.round(2).to_csv(part, index=False))
+    print(to_markdown(table), path, sep="\n")
+
+
 def haaf(
     run: Run,
     *,

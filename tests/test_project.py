@@ -18,6 +18,7 @@ from ssepa_lib.workbook.runner import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
+DOCUMENTS = [*PROJECT.glob("*.md"), PROJECT / "data" / "README.md", PROJECT / "results" / "README.md"]
 pyproject = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 
 
@@ -25,11 +26,11 @@ def cells(path):
     return nbformat.read(path, as_version=4).cells
 
 
-def test_environment_and_pyproject_are_in_step():
+def test_the_conda_environment_installs_the_project():
+    """The dense CRF is not in it: a failing build must not undo the environment."""
     environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
     (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    extras = pyproject["optional-dependencies"]
-    assert pip == [*pyproject["dependencies"], *extras["crf"], *extras["dev"], "-e ."]
+    assert pip == ["-e .[dev]"]
     (python,) = [entry for entry in environment["dependencies"] if str(entry).startswith("python=")]
     assert python.removeprefix("python=") in ("3.11", "3.12")
 
@@ -97,34 +98,6 @@ def test_every_parameter_is_explained_and_used():
             assert any(re.search(rf"\b{name}\b", source) for source in code[1:]), (
                 f"{path.name}: nobody reads {name}"
             )
-
-
-@pytest.mark.parametrize("document", ["README.md", "data/README.md", "results/README.md"])
-def test_documents_name_things_that_exist(document):
-    text = (PROJECT / document).read_text()
-    targets = set(re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert ((PROJECT / document).parent / link).exists(), (
-            f"{document} links to {link}, which is not there"
-        )
-    for module in re.findall(r"`(?:ssepa_lib/)?([\w/]+\.py)`", text):
-        assert list(LIBRARY.rglob(module)), f"{document} names {module}, which is not there"
-
-
-def test_the_readme_maps_every_folder():
-    text = (PROJECT / "README.md").read_text()
-    assert not [name for name in LAYERS if f"{name}/" not in text]
-
-
-def test_commands_in_the_documents_are_commands():
-    shown = subprocess.run(
-        [sys.executable, "-m", "ssepa_lib", "--help"], cwd=PROJECT, capture_output=True, text=True
-    )
-    known = set(re.findall(r"\w+", shown.stdout))
-    for document in ("README.md", "data/README.md", "results/README.md"):
-        used = re.findall(r"python -m ssepa_lib ([a-z]+)", (PROJECT / document).read_text())
-        assert set(used) <= known, document
 
 
 def test_every_recipe_loads():
@@ -257,9 +230,8 @@ def prose(path):
 
 
 def test_texts_use_the_words_of_the_glossary():
-    documents = [PROJECT / name for name in ("README.md", "data/README.md", "results/README.md")]
     found = []
-    for path in [*documents, *FILES, *MODULES, *RECIPES.rglob("*.yaml")]:
+    for path in [*DOCUMENTS, *FILES, *MODULES, *RECIPES.rglob("*.yaml")]:
         text = prose(path)
         for pattern, word in GLOSSARY.items():
             hits = re.findall(rf"(?i)(?:\w+ )?(?:{pattern})", text)

@@ -135,7 +135,7 @@ def test_your_own_images_are_found_by_their_variable(folder, tmp_path, monkeypat
 
 
 def test_run(folder, tmp_path, capfd):
-    """Overrides arrive; a failure keeps its copy, stops what depends on it and nothing else; exit status 1."""
+    """Overrides arrive; a failure keeps its copy and stops only what depends on it; exit status 1."""
     record = "import os, pathlib\n"
     record += "pathlib.Path(os.environ['SSEPA_RESULTS'], '{0}').write_text(repr((preset, steps, lr)))"
     write(folder, "00_good", record.format("good"))

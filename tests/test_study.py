@@ -146,6 +146,8 @@ def test_haaf_is_trained_alone_and_the_network_stays(study_runs):
     table = haaf_study.compare_haaf_objectives(network, recipe, variants, [dataset], steps=3)
     assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers are left alone"
     assert network.haaf is None and not network.training
+    learned = haaf_study.train_haaf(network, recipe, variants, steps=1)
+    assert [refiner.haaf.signed for refiner in learned.values()] == [False, True, False]
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     table = table.set_index("affinity")
     alone = [f"layer {k} alone" for k in range(2)]

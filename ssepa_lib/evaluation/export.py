@@ -126,16 +126,8 @@ def predict_folder(
     names = ["background", *network.classes]
     legend = [(i, name, *palette[i]) for i, name in enumerate(names)]
     write_csv(out / "classes.csv", ["id", "class", "red", "green", "blue"], legend)
-    predictions = infer(
-        network,
-        recipe,
-        dataset,
-        device=device,
-        outputs=("segmentation",),
-        test_time=(test_time,),
-        keep_images=True,
-        progress=progress,
-    )
+    options = {"device": device, "outputs": ("segmentation",), "test_time": (test_time,)}
+    predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
     labelled = label_maps(predictions, "segmentation", test_time, processes)
     found = []
     for path, (id, image, ids) in zip(dataset.images, labelled, strict=True):
@@ -171,16 +163,8 @@ def export_pseudo_labels(
         UserError: an unknown test-time mode; an image without labels.
     """
     out = Path(out)
-    predictions = infer(
-        network,
-        recipe,
-        dataset,
-        device=device,
-        outputs=("pseudo_label",),
-        test_time=(test_time,),
-        keep_images=True,
-        progress=progress,
-    )
+    options = {"device": device, "outputs": ("pseudo_label",), "test_time": (test_time,)}
+    predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
     checked = (_require_label(prediction, dataset) for prediction in predictions)
     for id, _, ids in label_maps(checked, "pseudo_label", test_time, processes):
         save_image(palette_image(ids, dataset.palette), out / f"{id}.png")

@@ -62,24 +62,21 @@ def analytic_activation_bytes(
     Per block and token: the inputs of both norms (2D, always float32) with mean and deviation (4 float32),
     what both norms hand on (2D), queries, keys and values (3D), the attention's output (D), the MLP's
     hidden values before and after GELU (2·ratio·D). Fused attention adds one float32 per query and head,
-    plain attention a T² map per head.
-    After the last block: the final norm's input and statistics. Before the first: the image, for the patch
-    embedding. Autocast adds one low-precision copy of every weight matrix. Checkpointing keeps only the
-    input of every block; one block at a time is rebuilt in the backward pass. Classifier and decoder are
-    not included, nor what a CPU adds under autocast for attending to short sequences in float32 (10·D bytes
-    per block and token).
+    plain attention a T² map per head. Around the blocks: the image, for the patch embedding, and the final
+    norm's input and statistics. Autocast adds a low-precision copy of every weight matrix. Checkpointing
+    keeps only the input of every block. Not included: classifier, decoder, and what a CPU adds under
+    autocast for attending to short sequences in float32 (10·D bytes per block and token).
 
     Args:
-        batch: B. tokens: T, patches and prefix tokens. width: D. depth: K. heads: H.
-        num_prefix_tokens: tokens without a patch.
+        batch, width, depth, heads: B, D, K, H.
+        tokens: T, patches and prefix tokens; num_prefix_tokens of them have no patch.
         pixels: values per input image, 3·height·width; 0: the patch embedding is frozen.
         mlp_ratio: hidden width of the MLP over D.
         value: bytes per value: 4 in float32, 2 under bfloat16 autocast.
         fused: attention by a fused kernel.
         checkpointing: recompute blocks in the backward pass.
     """
-    rows, token = batch * tokens, batch * tokens * width
-    stream = 4 * token
+    rows, token, stream = batch * tokens, batch * tokens * width, 4 * batch * tokens * width
     block = {
         "residual stream": 2 * stream,
         "norm statistics": 4 * rows * 4,

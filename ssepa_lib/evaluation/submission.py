@@ -49,32 +49,28 @@ def export_submission(
         raise UserError(
             f"a VOC submission has 20 classes, this network {len(network.classes)}; use a VOC run."
         )
-    predictions = infer(
-        network,
-        recipe,
-        dataset,
-        device=device,
-        outputs=("segmentation",),
-        test_time=(test_time,),
-        keep_images=True,
-        progress=progress,
-    )
+    options = {"device": device, "outputs": ("segmentation",), "test_time": (test_time,)}
+    predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
 
     def write(part: Path) -> None:
         sizes = {}
         with tarfile.open(part, "w:gz") as tar:
             for id, image, ids in label_maps(predictions, "segmentation", test_time, processes):
                 sizes[id] = image.size
-                buffer = io.BytesIO()
-                palette_image(ids, voc_palette()).save(buffer, format="PNG")
-                info = tarfile.TarInfo(f"{SUBMISSION_FOLDER}/{id}.png")
-                info.size = buffer.tell()
-                buffer.seek(0)
-                tar.addfile(info, buffer)
+                _add(tar, f"{SUBMISSION_FOLDER}/{id}.png", palette_image(ids, voc_palette()))
         validate_submission(part, dataset.ids, sizes)
 
     write_atomically(archive, write)
     return archive
+
+
+def _add(tar: tarfile.TarFile, name: str, image: Image.Image) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    info = tarfile.TarInfo(name)
+    info.size = buffer.tell()
+    buffer.seek(0)
+    tar.addfile(info, buffer)
 
 
 def validate_submission(

@@ -38,6 +38,7 @@ class Refiner:
             descriptor=c.descriptor,
             pooling=c.pooling,
             iterations=c.iterations,
+            balance=c.balance,
             deflate=c.deflate,
             valid=valid,
         )
@@ -50,4 +51,6 @@ class Refiner:
 
 def build_refiner(config: AffinityConfig, network: Network) -> Refiner | None:
     """The refiner of a recipe for its network; None for a recipe without affinity."""
-    return None if config.kind == "none" else Refiner(config, network.haaf)
+    if config.kind == "none":
+        return None
+    return Refiner(config, network.haaf if config.kind == "haaf" else None)

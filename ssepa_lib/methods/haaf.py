@@ -11,14 +11,16 @@ from torch import Tensor
 
 from ssepa_lib.data import IGNORE
 from ssepa_lib.device import global_ratio
+from ssepa_lib.labels.pseudo_labels import inside
 from ssepa_lib.labels.refine import Refiner
-from ssepa_lib.methods.losses import classification_loss, normalised_cut
+from ssepa_lib.methods.losses import classification_loss, normalised_cut, unexplained_variance
 from ssepa_lib.methods.objective import Objective
 from ssepa_lib.methods.step import TrainStep
 from ssepa_lib.model.network import Network, NetworkOutput, as_maps
 from ssepa_lib.recipe import Recipe
 
 ORDER = 10
+SLOPE = 10.0  # of the soft threshold at 0.5 in the objective "variance"
 
 
 def objectives(recipe: Recipe, network: Network) -> list[Objective]:
@@ -47,6 +49,8 @@ class HaafObjective(Objective):
     - pooling: softplus(−s(r)) + softplus(s(1 − max_c r)), where s scores the auxiliary tokens pooled under a
       map with the auxiliary classifier: the refined map holds its class, the rest does not.
     - ncut: normalised cut of max_c r on the graph of final tokens (`losses.normalised_cut`).
+    - variance: share of the variance of the auxiliary tokens which sigmoid(10·(r − 0.5)), as a segmentation,
+      does not explain (`losses.unexplained_variance`); r is the map after all iterations of the refiner.
     """
 
     def __init__(self, recipe: Recipe):
@@ -127,3 +131,12 @@ class HaafObjective(Objective):
 
     def _ncut(self, step: TrainStep) -> Tensor:
         return normalised_cut(step.output.patches.detach(), self._refined(step).amax(2), step.valid_tokens)
+
+    def _variance(self, step: TrainStep) -> Tensor:
+        output, pixels = step.output, step.batch.image.shape[-2:]
+        affinity = step.refiner.affinity(output.attention, inside(step.batch.box, pixels).float())
+        maps = _unit(
+            affinity @ output.cam.flatten(2).transpose(1, 2).relu()
+        )  # [B, N, C], gradient to v' only
+        soft = torch.sigmoid(SLOPE * (maps - 0.5))
+        return unexplained_variance(output.aux.detach(), soft, step.valid_tokens, step.batch.label)

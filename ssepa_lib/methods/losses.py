@@ -114,6 +114,34 @@ def normalised_cut(tokens: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
     return (cut / ((sides * degree).sum(2) + 1e-5)).sum(0).mean()
 
 
+def unexplained_variance(tokens: Tensor, foreground: Tensor, valid: Tensor, label: Tensor) -> Tensor:
+    """Share of the variance of the tokens that soft two-way segmentations do not explain (Otsu in token space).
+
+    With u the unit tokens after centring, a segmentation m explains the share
+    (‖Σ m u‖² / Σ m + ‖Σ (1−m) u‖² / Σ (1−m)) / N: the more, the more alike the tokens are within both sides. A
+    region that stays on a part of the object leaves the rest of it in the background, which lowers the share;
+    this rewards recruiting what looks like the seed. An objective of this workbook.
+
+    Args:
+        tokens: [B, N, D].
+        foreground: [B, N, C], 0..1.
+        valid: [B, N], 1 on the image, 0 on padding.
+        label: [B, C], 1 for classes in the image, else 0.
+
+    Returns:
+        The mean over images and the classes present, 0..1.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens, maps, valid = tokens.float(), foreground.float(), valid.float().unsqueeze(2)
+        number = valid.sum(1).clamp(min=1)  # [B, 1]
+        mean = (tokens * valid).sum(1, keepdim=True) / number.unsqueeze(2)
+        unit = F.normalize(tokens - mean, dim=-1) * valid
+        explained = 0
+        for side in (maps * valid, (1 - maps) * valid):  # [B, N, C]
+            explained = explained + (side.mT @ unit).square().sum(2) / (side.sum(1) + 1e-6)  # [B, C]
+    return global_ratio(((1 - explained / number) * label).sum(), label.sum())
+
+
 class _DenseEnergy(torch.autograd.Function):
     """−(1/B) Σ sᵀ[G ∘ Ws] with the gradient −2·(G ∘ Ws)/B, the gate G held constant."""
 

@@ -124,7 +124,12 @@ class PatchAffinity:
         descriptor: "full" pools the (P+N)² map, "patch" the patch-to-patch block.
         pooling: "mean" or "max" over that map.
         iterations: how often the map is multiplied.
-        deflate: after every multiplication subtract the mean over the patches, then ReLU. A row-stochastic
+        balance: multiply by S = (B + Bᵀ)/2 in the place of A, where B is A with its columns and then its
+            rows divided by their sums. Softmax normalises rows alone, so that patches which everybody
+            attends to dominate; S gives every patch about the same weight, and passes a map in both
+            directions (one round of Sinkhorn and Knopp, 1967; three in CLIP-ES, CVPR 2023). It exists as a
+            matrix [B, N, N], built layer by layer.
+        deflate: after the last multiplication subtract the mean over the patches, then ReLU. A row-stochastic
             affinity pulls every map towards the constant one; deflation removes that component.
         valid: [B, N], 1 on the image, 0 on padding, which deflation leaves out; None: no padding.
     """
@@ -139,11 +144,13 @@ class PatchAffinity:
         descriptor: str = "patch",
         pooling: str = "mean",
         iterations: int = 1,
+        balance: bool = False,
         deflate: bool = False,
         valid: Tensor | None = None,
     ):
         self.attention, self.weigh = attention, weigh
         self.iterations, self.deflate, self.valid = iterations, deflate, valid
+        self.balance = balance
         self.pooling = pooling
         self.probabilities = kind == "probabilities"
         self.strategy = strategy
@@ -249,16 +256,16 @@ class PatchAffinity:
 
     def __matmul__(self, cam: Tensor) -> Tensor:
         """Propagated map, [B, N, C] → [B, N, C], multiplied `iterations` times."""
-        if self.strategy != "matrix_free":
+        if self.strategy != "matrix_free" or self.balance:
             with torch.autocast(cam.device.type, enabled=False):
                 dense = self._matrix()
                 for _ in range(self.iterations):
-                    cam = self._deflated(dense @ cam.float())
-            return cam
+                    cam = dense @ cam.float()
+            return self._deflated(cam)
         for _ in range(self.iterations):
             products, descriptor = self.propagate(cam)
-            cam = self._deflated((self._resolve(descriptor)[:, :, None, None] * products).mean(1))
-        return cam
+            cam = (self._resolve(descriptor)[:, :, None, None] * products).mean(1)
+        return self._deflated(cam)
 
     def _deflated(self, cam: Tensor) -> Tensor:
         """A map [B, N, C] without the part that all patches share."""
@@ -271,6 +278,19 @@ class PatchAffinity:
         return (cam - mean).relu() * valid
 
     def _matrix(self) -> Tensor:
+        """What a map is multiplied by in one iteration, [B, N, N]."""
+        matrix = self._weighted_mean()
+        return self._balanced(matrix) if self.balance else matrix
+
+    def _balanced(self, matrix: Tensor) -> Tensor:
+        """Columns, then rows divided by their sums, then symmetrised; padding neither gives nor receives."""
+        if self.valid is not None:
+            matrix = matrix * self.valid[:, :, None] * self.valid[:, None, :]
+        matrix = matrix / matrix.sum(1, keepdim=True).clamp_min(1e-9)
+        matrix = matrix / matrix.sum(2, keepdim=True).clamp_min(1e-9)
+        return (matrix + matrix.mT) / 2
+
+    def _weighted_mean(self) -> Tensor:
         p = self.first
         if self.strategy == "matrix_free":  # one layer at a time: for viewing, within O(N²)
             weights = self.weights
@@ -287,7 +307,7 @@ class PatchAffinity:
         return self._matrix().detach()
 
     def row(self, patch: int, layer: int | None = None, head: int | None = None) -> Tensor:
-        """From where one patch receives: a row of `dense()`, [B, N], in O(N) memory, without gradient.
+        """From where a patch receives: a row of `dense()`, [B, N] without gradient; in O(N) unless balanced.
 
         Args:
             patch: index of the receiving patch, 0..N-1, row by row.
@@ -307,6 +327,8 @@ class PatchAffinity:
         if layer is not None:
             heads = self.layer_map(layer, at)[:, :, 0, self.first :]  # [B, H, N]
             return (heads.mean(1) if head is None else heads[:, head]).detach()
+        if self.balance:  # every entry depends on the whole matrix
+            return self.dense()[:, patch]
         weights = self.weights
         rows = [
             weights[:, k, None] * self.layer_map(k, at).mean(1)[:, 0, self.first :] for k in range(len(self))

@@ -56,7 +56,8 @@ class _HaafTrainer:
     """
 
     def __init__(self, recipe: Recipe, depth: int, device: torch.device):
-        self.haaf = HAAF(depth, recipe.affinity.hidden).to(device)
+        signed = recipe.affinity.attention == "logits"
+        self.haaf = HAAF(depth, recipe.affinity.hidden, signed=signed).to(device)
         self.refiner = Refiner(recipe.affinity, self.haaf)
         self.objective = HaafObjective(recipe)
         self.optimizer = torch.optim.AdamW(self.haaf.parameters(), recipe.affinity.haaf_lr)

@@ -28,7 +28,6 @@ from ssepa_lib.workbook.study import preset_folder
 KERNEL = "ssepa-workbook"
 
 
-
 @dataclass(frozen=True)
 class Notebook:
     """One `NN_topic.ipynb`: its defaults (name → literal) and the names of the notebooks it needs."""

@@ -222,7 +222,7 @@ def plot_affinity_row(
 def plot_crop_views(
     image: Array, box: Sequence[int], regions: Array, crops: Sequence[Array], positive: Sequence[bool]
 ) -> np.ndarray:
-    """One training crop with its valid box, the regions of the auxiliary CAM, and the local crops cut from it.
+    """One training crop with its valid box, the regions of the auxiliary CAM, and its local crops.
 
     Args:
         image: [3, S, S]; box: (y0, y1, x0, x1), half open; regions: [S, S] of 0, 1, 2 (`toco.region_map`).

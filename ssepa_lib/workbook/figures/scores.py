@@ -53,7 +53,7 @@ def plot_class_scores(results: Mapping[str, dict], output: str, ax: Axes | None 
 
 
 def plot_memory_bars(measured: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Memory of one training step by strategy and batch (SS-EPA, Table 4); diamonds are the published numbers.
+    """Memory of one training step by strategy and batch (SS-EPA, Table 4); diamonds are published numbers.
 
     Args:
         measured: columns `strategy`, `batch`, `gigabytes`, as for `published.table_4`.

@@ -1,0 +1,90 @@
+"""One finished network, its maps read in several ways: plain, calibrated, propagated, balanced, with HAAF.
+
+Nothing is trained: what differs is the affinity and the calibration at test time. The same calibration is offered to
+the plain class activation map, so that a comparison with ToCo is fair.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ssepa_lib.data import measured_split
+from ssepa_lib.device import resolve_device
+from ssepa_lib.evaluation.evaluate import evaluate
+from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.run import load_run
+
+BALANCED = {"balance": True, "iterations": 3, "per_scale": False}
+PROPAGATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "1 iteration": ({"iterations": 1}, "none"),
+    "2 iterations": ({"iterations": 2}, "none"),
+    "3 iterations": ({"iterations": 3}, "none"),
+    "2 iterations, Otsu": ({"iterations": 2}, "otsu"),
+    "2 iterations, deflated, Otsu": ({"iterations": 2, "deflate": True}, "otsu"),
+    "3 iterations, deflated, Otsu": ({"iterations": 3, "deflate": True}, "otsu"),
+    "balanced, 3 iterations": (BALANCED, "none"),
+    "balanced, 3 iterations, Otsu": (BALANCED, "otsu"),
+}  # name → fields of the affinity, calibration; the first is the paper's
+
+
+def readings(recipe: Recipe, haaf: bool) -> dict[str, Recipe]:
+    """The recipes under which the maps of one network are read, by name.
+
+    Args:
+        recipe: that of the network.
+        haaf: the network has a HAAF.
+    """
+    plain = {"iterations": 1, "balance": False, "deflate": False, "per_scale": True, "haaf_objective": "none"}
+    found = {}
+    for name, calibration in (("CAM", "none"), ("CAM, Otsu", "otsu")):
+        found[name] = _changed(recipe, plain | {"kind": "none"}, calibration)
+    for kind, title in (("mean", "uniform mean"), *((("haaf", "HAAF"),) if haaf else ())):
+        for name, (fields, calibration) in PROPAGATIONS.items():
+            found[f"{title}, {name}"] = _changed(recipe, plain | {"kind": kind} | fields, calibration)
+    return found
+
+
+def _changed(recipe: Recipe, affinity: dict[str, Any], calibration: str) -> Recipe:
+    return replace(
+        recipe,
+        affinity=replace(recipe.affinity, **affinity),
+        cam=replace(recipe.cam, calibrate=calibration),
+    )
+
+
+def compare_readings(
+    folder: Path | str,
+    split: str = "train",
+    *,
+    images: int = 0,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """mIoU of the maps and pseudo-labels of a finished run under every reading, single scale, in percent.
+
+    Args:
+        folder: run folder.
+        split, images: see `measured_split`; settings are chosen on the training split.
+        progress: called with (readings done, all readings).
+
+    Returns:
+        One row per reading: `reading`, `map` (at the background threshold) and `pseudo_label` (after PAR).
+
+    Raises:
+        UserError: the folder holds no finished run, or the split has no masks.
+    """
+    network, recipe = load_run(folder, device)
+    dataset = measured_split(recipe, split, images)
+    rows, recipes = [], readings(recipe, network.haaf is not None)
+    for name, changed in recipes.items():
+        shown = "cam" if changed.affinity.kind == "none" else "refined_cam"
+        found = evaluate(
+            network, changed, dataset, device=resolve_device(device), outputs=(shown, "pseudo_label")
+        )["miou"]
+        rows.append({"reading": name, "map": found[shown], "pseudo_label": found["pseudo_label"]})
+        if progress:
+            progress(len(rows), len(recipes))
+    return pd.DataFrame(rows)
