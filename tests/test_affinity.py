@@ -160,36 +160,12 @@ def test_works_without_prefix_tokens():
     torch.testing.assert_close(propagated, torch.ones(B, N, 1))  # rows of a softmax sum to one
 
 
-@pytest.mark.parametrize("kind", ["probabilities", "logits"])
-@pytest.mark.parametrize("descriptor", ["full", "patch"])
-def test_pooling_by_maximum_takes_the_largest_entry_in_every_strategy(attention, kind, descriptor):
-    first = P if descriptor == "patch" else 0
-    for strategy in ("stack_heads", "stack_layers", "matrix_free"):
-        operator = PatchAffinity(
-            attention, kind=kind, strategy=strategy, descriptor=descriptor, pooling="max"
-        )
-        maps = [operator.layer_map(k).mean(1)[:, first:, first:].flatten(1) for k in range(K)]
-        by_hand = torch.stack([m.max(1).values for m in maps], 1)
-        torch.testing.assert_close(operator.descriptor(), by_hand, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("strategy", ["stack_heads", "stack_layers", "matrix_free"])
 def test_deflation_removes_what_all_patches_share(attention, strategy):
     cam = torch.rand(B, N, C)
     plain = PatchAffinity(attention, strategy=strategy) @ cam
     deflated = PatchAffinity(attention, strategy=strategy, deflate=True) @ cam
     torch.testing.assert_close(deflated, (plain - plain.mean(1, keepdim=True)).relu())
-
-
-def test_deflation_leaves_padding_out(attention):
-    cam, valid = torch.rand(B, N, C), torch.ones(B, N)
-    valid[0, 8:] = 0
-    plain = PatchAffinity(attention) @ cam
-    deflated = PatchAffinity(attention, deflate=True, valid=valid) @ cam
-    expected = (plain[0, :8] - plain[0, :8].mean(0)).relu()
-    torch.testing.assert_close(deflated[0, :8], expected)
-    assert not deflated[0, 8:].any()
-    torch.testing.assert_close(deflated[1], (plain[1] - plain[1].mean(0)).relu())
 
 
 def test_haaf_on_logits_keeps_their_sign_and_forgets_their_scale():

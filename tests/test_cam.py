@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ssepa_lib.labels import build_refiner, cam_to_label, multi_scale_cam, normalise_cam, valid_cam
-from ssepa_lib.labels.calibrate import calibrate, otsu_threshold
+from ssepa_lib.labels.calibrate import calibrate
 from ssepa_lib.labels.pseudo_labels import inside
 from ssepa_lib.model import build_network
 
@@ -131,45 +131,6 @@ def test_normalise_and_threshold_by_hand():
     assert cam_to_label(unit, 0.6).tolist() == [[[0, 0], [1, 2]]]
     assert cam_to_label(unit, 0.4).tolist() == [[[0, 1], [1, 2]]]
     assert not valid_cam(unit, torch.tensor([[1.0, 0.0]]))[0, 1].any()
-
-
-def slow_otsu(values):
-    """The bin border with the largest variance between the pixels below and above, over 256 bins of 0..1."""
-    centres = [(min(int(v * 256), 255) + 0.5) / 256 for v in values]
-    best, found = 0.0, None
-    for border in range(1, 256):
-        low = [c for c in centres if c < border / 256]
-        high = [c for c in centres if c > border / 256]
-        if low and high:
-            gap = sum(high) / len(high) - sum(low) / len(low)
-            spread = len(low) * len(high) / len(centres) ** 2 * gap**2
-            if spread > best * (1 + 1e-5):
-                best, found = spread, border / 256
-    return found
-
-
-def test_otsu_threshold_equals_the_loop_and_ignores_padding():
-    maps = torch.rand(2, 2, 6, 5) ** 2
-    valid = torch.ones(2, 6, 5)
-    valid[1, 4:] = 0
-    threshold, exists = otsu_threshold(maps, valid)
-    for b in range(2):
-        for c in range(2):
-            expected = slow_otsu(maps[b, c][valid[b] > 0].tolist())
-            assert exists[b, c] and threshold[b, c].item() == pytest.approx(expected)
-
-
-def test_calibration_moves_the_threshold_to_one_half_and_keeps_the_order():
-    maps = torch.rand(1, 3, 16, 16) ** 3
-    maps[:, 2] = 0.3  # constant: there is no threshold
-    threshold, _ = otsu_threshold(maps)
-    calibrated = calibrate(maps)
-    for c in range(2):
-        assert torch.equal(calibrated[0, c] > 0.5, maps[0, c] > threshold[0, c])
-        assert torch.equal(
-            calibrated[0, c].flatten().argsort(stable=True), maps[0, c].flatten().argsort(stable=True)
-        )
-    torch.testing.assert_close(calibrated[:, 2], maps[:, 2])
 
 
 @pytest.mark.parametrize("method", ["toco", "ssepa"])
