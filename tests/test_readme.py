@@ -241,6 +241,8 @@ def make(*words, **variables):
     ready = os.path.join(sys.prefix, ".ssepa-workbook")
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "CONDA_DEFAULT_ENV": "", **variables}
     command = [MAKE, "-o", ready, *words]
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that runs the tests: it would print more
+        environment.pop(name, None)
     return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
 
 
