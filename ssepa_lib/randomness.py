@@ -1,7 +1,8 @@
 """Where every random number comes from: one function turns (purpose, seed, step, rank) into a seed.
 
-Nothing else in the library seeds a generator. A resumed run, a run with another number of loader processes
-and a run that shares its batch among several processes therefore draw the same numbers.
+Training seeds its generators here alone; the built-in scenes have streams of their own. A resumed run, a
+run with another number of loader processes and a run that shares its batch among several processes
+therefore draw the same numbers.
 """
 
 from collections.abc import Iterator
