@@ -14,16 +14,6 @@ def results_root() -> Path:
     return Path(os.environ.get("SSEPA_RESULTS") or PROJECT / "results")
 
 
-def voc_root() -> Path:
-    """VOC 2012 folder (the one that holds `JPEGImages/`): `VOC_ROOT`, default `data/VOCdevkit/VOC2012`."""
-    return Path(os.environ.get("VOC_ROOT") or PROJECT / "data" / "VOCdevkit" / "VOC2012")
-
-
-def coco_root() -> Path:
-    """COCO 2014 folder (the one that holds `annotations/`): `COCO_ROOT`, default `data/coco`."""
-    return Path(os.environ.get("COCO_ROOT") or PROJECT / "data" / "coco")
-
-
 def folder_root() -> str:
     """Folder of your own images (it holds `images/` and `labels.csv`): `FOLDER_ROOT`, empty if not set."""
     root = os.environ.get("FOLDER_ROOT")

@@ -22,7 +22,6 @@ from ssepa_lib.data.shapes import ShapesDataset, render_scene
 from ssepa_lib.data.voc import VOC_CLASSES, VocDataset
 from ssepa_lib.device import describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.paths import voc_root
 from ssepa_lib.recipe import Recipe
 
 BACKBONES = {
@@ -145,7 +144,7 @@ def open_setup(
     Raises:
         UserError: `data` holds no VOC 2012 data, or the device cannot be used.
     """
-    root = data or voc_root()
+    root = data or VocDataset.find_root()
     found = (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation" / "train.txt").is_file()
     if data and not found:
         raise UserError(f"{data} holds no VOC 2012 data; name the folder with JPEGImages/ and ImageSets/.")

@@ -102,3 +102,8 @@ def inside(box: Tensor, size: tuple[int, int]) -> Tensor:
     y = torch.arange(size[0], device=box.device)[:, None]
     x = torch.arange(size[1], device=box.device)
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+
+
+def mostly_inside(area: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches of a grid (h, w) of which more than half counts, [B, H, W] of 0 and 1 → [B, N] of 0 and 1."""
+    return (F.adaptive_avg_pool2d(area[:, None], grid) > 0.5).flatten(1).float()

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from ssepa_lib.labels.pseudo_labels import mostly_inside
 from ssepa_lib.model.affinity import Attention, PatchAffinity
 from ssepa_lib.model.network import Network, as_maps
 from ssepa_lib.recipe import AffinityConfig
@@ -28,8 +28,8 @@ class Refiner:
         """The affinity between the patches of some images; `valid` [B, H, W] is 1 on the image, 0 on
         padding."""
         c = self.config
-        if valid is not None:
-            valid = (F.adaptive_avg_pool2d(valid[:, None], attention.grid) > 0.5).flatten(1).float()  # [B, N]
+        if valid is not None:  # padding matters to these two alone
+            valid = mostly_inside(valid, attention.grid) if c.balance or c.deflate else None  # [B, N]
         return PatchAffinity(
             attention,
             weigh=self.haaf,

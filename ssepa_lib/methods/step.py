@@ -27,13 +27,12 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.data import IGNORE
 from ssepa_lib.data.views import Batch
 from ssepa_lib.labels.cam import Cams, multi_scale_cam
-from ssepa_lib.labels.pseudo_labels import PseudoLabeler, inside
+from ssepa_lib.labels.pseudo_labels import PseudoLabeler, inside, mostly_inside
 from ssepa_lib.labels.refine import Refiner, build_refiner
 from ssepa_lib.model.network import Network, NetworkOutput, evaluating
 from ssepa_lib.randomness import generator
@@ -65,8 +64,8 @@ class TrainStep:
     @property
     def valid_tokens(self) -> Tensor:
         """[B, N], 1 where a patch lies mostly on the image, 0 on padding."""
-        area = inside(self.batch.box, self.batch.image.shape[-2:])[:, None].float()  # [B, 1, S, S]
-        return (F.adaptive_avg_pool2d(area, self.output.grid) > 0.5).flatten(1).float()
+        area = inside(self.batch.box, self.batch.image.shape[-2:]).float()  # [B, S, S]
+        return mostly_inside(area, self.output.grid)
 
 
 def take_step(
