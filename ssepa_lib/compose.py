@@ -65,7 +65,7 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
 )
-_Dumper.add_representer(  # in single quotes PyYAML writes these three as line breaks, and reads them as blanks
+_Dumper.add_representer(  # PyYAML would write these three as line breaks and read them as blanks
     str,
     lambda dumper, data: dumper.represent_scalar(
         "tag:yaml.org,2002:str", data, '"' if set(data) & set("\x85\u2028\u2029") else None
