@@ -11,15 +11,11 @@ from typing import Annotated, Any
 from pydantic.dataclasses import dataclass
 
 from ssepa_lib.fields import CONFIG, NotTrained, Section
-from ssepa_lib.settings import (
-    HAAF_OBJECTIVES,
-    AffinityConfig,
-    CamConfig,
+from ssepa_lib.settings import HAAF_OBJECTIVES, AffinityConfig, CamConfig, DataConfig, ModelConfig
+from ssepa_lib.train_settings import (
     ContrastConfig,
-    DataConfig,
     EvalConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     ReinforceConfig,
     TrainConfig,
