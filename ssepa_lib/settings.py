@@ -59,8 +59,8 @@ class DataConfig(Section, key="data"):
     """Use only the first so many validation images; 0: all."""
     crop: Pixels = 448
     """Side of a training crop, in pixels."""
-    views: Literal["toco", "fsr"] = "toco"
-    """How the training view is cut: toco, a crop after a random resize; fsr, a random resized crop."""
+    views: Literal["toco", "plain", "fsr"] = "toco"
+    """The training view: toco, a crop after a random resize; plain, without jitter; fsr, a resized crop."""
     scale: Annotated[list[Scale], TWO] = values(0.5, 2.0)
     """Random resize before the crop of the toco view, [low, high]."""
     batch: Batch = 4
@@ -96,6 +96,8 @@ class ModelConfig(Section, key="model"):
     """The block whose raw output feeds the auxiliary classifier; negative: counted from the end."""
     train_pos_embed: bool = False
     """Train the position embedding: ToCo freezes it, FSR trains it."""
+    train_norms: bool = True
+    """Train the norms of the backbone; AFA freezes them."""
     drop_path: BelowOne = 0.0
     """Rate of stochastic depth in the backbone."""
     aggregator: Literal["class_token", "mca", "gap", "gmp"] = "class_token"
@@ -113,8 +115,8 @@ class ModelConfig(Section, key="model"):
 class AffinityConfig(Section, key="affinity"):
     """Patch affinity and HAAF (SS-EPA, equations 5 to 7)."""
 
-    kind: Literal["none", "mean", "haaf"] = "none"
-    """none; mean: all layers alike; haaf: layers weighted by a learned MLP."""
+    kind: Literal["none", "mean", "haaf", "learned"] = "none"
+    """none; mean: all layers alike; haaf: layers weighted by an MLP; learned: trained on pairs (AFA)."""
     attention: Literal["probabilities", "logits"] = "probabilities"
     """What is averaged: attention probabilities, or the paper's literal reading, raw logits."""
     strategy: Annotated[Literal["stack_heads", "stack_layers", "matrix_free"], NotTrained] = "matrix_free"
@@ -141,15 +143,27 @@ class AffinityConfig(Section, key="affinity"):
     """Propagate the map of every scale; false: their sum, with the affinity of the image itself."""
     auxiliary: bool = False
     """Propagate the auxiliary CAM too."""
+    blocks: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Learned affinity: the last so many blocks whose heads it is made of."""
+    radius: Annotated[float, Field(ge=0.01, le=1)] = 0.25
+    """Learned affinity: how far it reaches, as a share of the patches along a side of the crop."""
+    start: Fraction = 0.3
+    """Learned affinity: fraction of all steps from which pseudo-labels use it; until then it is trained."""
 
     def __post_init__(self) -> None:
         if self.haaf_objective != "none" and self.kind != "haaf":
             raise UserError(
-                f"affinity.haaf_objective '{self.haaf_objective}' needs affinity.kind haaf: only haaf learns."
+                f"affinity.haaf_objective '{self.haaf_objective}' needs affinity.kind haaf: only haaf learns "
+                "from it."
             )
         for name in ("balance", "deflate"):
-            if getattr(self, name) and self.kind == "none":
+            if getattr(self, name) and self.kind in ("none", "learned"):
                 raise UserError(f"affinity.{name} needs an affinity; set affinity.kind to mean or haaf.")
+        if self.kind == "learned" and (self.per_scale or self.auxiliary):
+            raise UserError(
+                "affinity.kind learned propagates the main CAM once; set affinity.per_scale and "
+                "affinity.auxiliary to false."
+            )
         if self.balance and self.attention == "logits":
             raise UserError("affinity.balance needs probabilities; set affinity.attention to probabilities.")
 

@@ -46,6 +46,8 @@ class LossConfig(Section, key="losses"):
     """Dense energy of the segmentation."""
     cam: Weight = 0.0
     """Cross-entropy of the CAM against pseudo-labels, through the main classifier."""
+    aff: Weight = 0.0
+    """Pairs of patches with confident pseudo-labels, which train the learned affinity (AFA)."""
     unc: Weight = 0.0
     """FSR on uncertain patches."""
     cer: Weight = 0.0
@@ -58,16 +60,26 @@ class ContrastConfig(Section, key="contrast"):
 
     global_scale: Annotated[list[Share], TWO] = values(0.4, 1.0)
     """Share of the image in the second global view, [low, high]."""
+    views: Literal["crops", "masked"] = "crops"
+    """Local views: crops, small crops (ToCo); masked, the whole crop with most patches hidden (MCC)."""
     local_crops: Annotated[int, Field(ge=1, le=256)] = 8
     """Local views per image."""
     local_size: Pixels = 96
-    """Side of a local view, in pixels."""
+    """Side of a local crop, in pixels."""
+    mask_share: BelowOne = 0.95
+    """Masked views: probability that a block of patches is hidden."""
+    mask_block: Annotated[int, Field(ge=1, le=256)] = 4
+    """Masked views: side of a block, in patches."""
+    mask_empty: bool = False
+    """Masked views: allow views that show no patch, as published; false: one block always stays."""
+    main_from: Fraction = 0.6
+    """Masked views: fraction of all steps from which the main CAM judges them; before, the auxiliary one."""
     temperature: Temperature = 0.5
     """Temperature of the similarities."""
     momentum: Fraction = 0.9
     """Momentum of the teacher head."""
     negative_below: Fraction = 0.2
-    """A local view whose region map has a lower mean is a negative."""
+    """A local view whose region map has no higher mean is a negative."""
     hidden: Width = 2048
     """Width of the projection head's MLP."""
     bottleneck: Width = 256
@@ -133,7 +145,9 @@ class OptimConfig(Section, key="optim"):
     warmup_factor: Fraction = 1e-6
     """Where it starts, as a multiple of the learning rate."""
     schedule: Literal["poly", "cosine"] = "poly"
-    """Decay after the warm-up: poly (power 0.9) or cosine, both to 0."""
+    """Decay after the warm-up: poly, (1 − share of steps done)^power, or cosine; both end at 0."""
+    power: Annotated[float, Field(ge=0.01, le=10)] = 0.9
+    """Exponent of poly; 1: linear (AFA)."""
 
 
 @dataclass(frozen=True, config=CONFIG)
