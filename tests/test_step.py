@@ -157,9 +157,9 @@ def test_pseudo_labels_come_from_the_refined_map_and_are_computed_once(tiny, ste
     trainer, make = step_of(recipe)
     seen, labels = [], trainer.labeler.training_labels
 
-    def record(image, cam, label, box):
+    def record(image, cam, label, box, spread):
         seen.append(cam)
-        return labels(image, cam, label, box)
+        return labels(image, cam, label, box, spread)
 
     monkeypatch.setattr(trainer.labeler, "training_labels", record)
     step = make()

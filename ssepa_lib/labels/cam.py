@@ -140,12 +140,9 @@ def multi_scale_cam(
     Args:
         image: [B, 3, H, W], 0..255.
         label: [B, C], 0 or 1; maps of absent classes are zero ("valid CAM").
-        refiner: also return the refined main maps (and refine the auxiliary ones where its configuration
-            says so).
-        first: output of the network on `image` itself, with attention if there is a refiner, when it is
-            already there; saves that pass at scale 1.
-        box: long [B, 4], the part of the image that is not padding; deflation and calibration ignore the
-            rest.
+        refiner: also return the refined main maps (and refine the auxiliary ones where it says so).
+        first: output of the network on `image` itself, with attention if there is a refiner; saves a pass.
+        box: long [B, 4], the part that is not padding; deflation and calibration ignore the rest.
 
     Returns:
         Main, auxiliary and refined maps in 0..1 at the size of the image.
@@ -153,21 +150,19 @@ def multi_scale_cam(
     once = refiner is not None and not refiner.config.per_scale
     per_scale = None if once else refiner
     known = {} if first is None else {1.0: first}  # scale → output of the image there, without its flip
-    if once:
-        scale = refiner.scale(config.scales)
-        if scale not in known:
-            known[scale] = network(_resized(image, scale), segment=False, capture=True)
-        source = known[scale]
+    source = refiner.scale(config.scales) if once else None
+    if once and source not in known:
+        known[source] = network(_resized(image, source), segment=False, capture=True)
     select, size = _Selection(label), image.shape[-2:]
     valid = None if box is None else inside(box, size).float()  # [B, H, W]
-    totals: _Packed | None = None
+    totals = None
     for scale in config.scales:
         maps = _one_scale(network, image, scale, config.flip, select, per_scale, known.get(scale), valid)
         maps = maps.map(lambda m: _full_size(m.float(), size, config.flip))
         totals = maps if totals is None else totals.map(Tensor.add_, maps)
     if once:
-        totals = _refine_total(refiner, source, totals, valid)
-    spread = refiner.spread(source.attention) if once else None
+        totals = _refine_total(refiner, known[source], totals, valid)
+    spread = refiner.spread(known[source].attention) if once else None
     maps = totals.map(normalise_cam)
     if config.calibrate == "otsu":
         name = "main" if maps.refined is None or spread is not None else "refined"

@@ -3,7 +3,7 @@
 Source: Ru et al., Learning Affinity from Attention (CVPR 2022, arXiv 2203.02664), Section 3.2. There the
 encoder is a MiT-B1 with two blocks in its last stage; here it is a plain ViT, whose last blocks take their
 place. Three things are ours, because logits of a plain ViT reach 40 and a sigmoid of such numbers does not
-learn: logits are divided by √d; the mean over patches is subtracted from the keys, which changes no attention,
+learn: logits are divided by √d; the mean over patches is subtracted from the keys, which no attention sees,
 because softmax ignores what a row has in common; and the first weights are smaller (fan-in, not fan-out).
 """
 
@@ -40,7 +40,7 @@ class AffinityHead(nn.Module):
         nn.init.zeros_(self.mix.bias)
 
     def sides(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Weighted queries and centred keys of all channels side by side, [B, N, blocks·H·d] each, float32."""
+        """Weighted queries and centred keys, channels side by side, [B, N, blocks·H·d] each, float32."""
         queries, keys = (
             torch.cat(side[-self.blocks :], 1)[:, :, attention.num_prefix_tokens :].float()
             for side in (attention.queries, attention.keys)
