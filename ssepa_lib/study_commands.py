@@ -210,7 +210,7 @@ def bench(
     Example: python -m ssepa_lib bench affinity step --quick
 
     Args:
-        suite: affinity, step, par, energy, loader, crf or scaling; by default all.
+        suite: affinity, step, par, masks, energy, loader, crf or scaling; by default all.
         out: By default results/bench.
         quick: Smaller sizes, fewer repeats.
         full: ViT-B at 448² on a CPU too (minutes per row).
