@@ -178,14 +178,16 @@ def haaf(
 
 
 def tables(
-    number: Positional[tuple[Literal[1, 2, 3, 5], ...]] = (1, 2, 3, 5), *, preset: str = "voc"
+    number: Positional[tuple[Literal[1, 2, 3, 5, "field"], ...]] = (1, 2, 3, 5, "field"),
+    *,
+    preset: str = "voc",
 ) -> None:
-    """Print the paper's tables with this workbook's runs beside them.
+    """Print the paper's tables, and one of other single-stage systems, with this workbook's runs beside them.
 
     Example: python -m ssepa_lib tables 3 --preset voc_mini
 
     Args:
-        number: Numbers of the tables.
+        number: Numbers of the tables; field: other systems.
         preset: Data recipe.
     """
     from ssepa_lib.paths import results_root

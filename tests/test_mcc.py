@@ -83,7 +83,7 @@ def test_recomputed_blocks_hide_the_same_keys():
 
 
 def test_registers_stay_visible():
-    model = backbone("vit_small_patch14_reg4_dinov2.lvd142m", backbone_args={"depth": 2, "img_size": 56})
+    model = backbone("vit_small_patch14_reg4_dinov2.lvd142m", backbone_args={"depth": 3, "img_size": 56})
     image, visible = torch.rand(1, 3, 56, 56) * 255, some_views(1, 3, 16)
     masked = masked_class_tokens(model, image, visible)
     torch.testing.assert_close(model.class_tokens(image, visible), masked, rtol=1e-4, atol=1e-4)
@@ -91,7 +91,7 @@ def test_registers_stay_visible():
 
 @pytest.mark.parametrize(
     "model",
-    [{"aggregator": "gap"}, {"name": "eva02_tiny_patch14_224.mim_in22k", "backbone_args": {"depth": 1}}],
+    [{"aggregator": "gap"}, {"name": "eva02_tiny_patch14_224.mim_in22k", "backbone_args": {"depth": 3}}],
 )
 def test_a_backbone_that_cannot_drop_is_one_sentence(model):
     made = Backbone(
@@ -148,10 +148,10 @@ def test_flags_of_a_region_map_made_by_hand():
     regions = torch.zeros(1, 4, 4, dtype=torch.long)
     regions[0, :2, :2] = torch.tensor([[1, 0], [0, 0]])  # mean 0.25 in the first of four blocks
     config = ContrastConfig(
-        views="masked", mask_share=0.75, mask_block=2, local_crops=400, negative_below=0.2
+        views="masked", mask_share=0.75, mask_block=2, local_crops=256, negative_below=0.2
     )
     visible, positive = masked_views(regions, config, torch.Generator().manual_seed(0))
-    blocks = visible.view(1, 400, 2, 2, 2, 2)[:, :, :, 0, :, 0].flatten(2)[0]  # [V, 4]
+    blocks = visible.view(1, 256, 2, 2, 2, 2)[:, :, :, 0, :, 0].flatten(2)[0]  # [V, 4]
     assert torch.equal(positive[0], blocks[:, 0] & (blocks.sum(1) == 1)), "one object patch in 4 is above 0.2"
     assert positive.any() and not positive.all()
     assert 0.2 < blocks.float().mean() < 0.4  # a quarter, and those of the views that would be empty

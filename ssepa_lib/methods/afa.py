@@ -29,7 +29,7 @@ def objectives(recipe: Recipe, network: Network) -> list[Objective]:
 
 
 class AffinityPairs(Objective):
-    """L_aff (AFA, Equation 4) on the affinity of the training crop.
+    """L_aff of AFA on the affinity of the training crop.
 
     The pairs come from the labels of the CAM as it is, also when the decoder already learns from propagated
     ones: the affinity does not teach itself (AFA on VOC).

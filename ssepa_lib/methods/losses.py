@@ -45,8 +45,7 @@ def patch_token_contrast(patches: Tensor, token_labels: Tensor) -> Tensor:
 
 
 def affinity_pairs(affinity: Tensor, token_labels: Tensor, near: Tensor) -> Tensor:
-    """Raise the affinity of patches with one label and lower that of patches with different ones (AFA,
-    Equation 4).
+    """Raise the affinity of patches with one label and lower that of patches with different ones (AFA).
 
     Args:
         affinity: [B, N, N], 0..1.

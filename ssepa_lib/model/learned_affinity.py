@@ -1,6 +1,6 @@
 """The learned affinity of AFA: one layer turns the attention logits of the last blocks into an affinity.
 
-Source: Ru et al., Learning Affinity from Attention (CVPR 2022, arXiv 2203.02664), Section 3.2. There the
+Source: Ru et al., Learning Affinity from Attention (CVPR 2022, arXiv 2203.02664). There the
 encoder is a MiT-B1 with two blocks in its last stage; here it is a plain ViT, whose last blocks take their
 place. Three things are ours, because logits of a plain ViT reach 40 and a sigmoid of such numbers does not
 learn: logits are divided by √d; the mean over patches is subtracted from the keys, which no attention sees,
@@ -68,7 +68,7 @@ def window(grid: tuple[int, int], radius: int, device: torch.device | None = Non
 
 
 class LearnedAffinity:
-    """One propagation step of AFA as an operator on maps (AFA, Equation 6).
+    """One propagation step of AFA as an operator on maps.
 
     Patch i receives Σ_j W_ij x_j with W_ij = Â_ij² / (Σ_k Â_ik² + 0.1), where Â is the affinity inside the
     window of i and 0 outside. It has no low rank, so its entries are computed, a few rows at a time and
