@@ -55,11 +55,9 @@ class Refiner:
 
     def spread(self, attention: Attention) -> LearnedAffinity | None:
         """What class scores, background included, are propagated by in the place of maps; AFA alone."""
-        return (
-            None
-            if self.head is None
-            else LearnedAffinity(attention, self.head, iterations=self.config.iterations)
-        )
+        if self.head is None:
+            return None
+        return LearnedAffinity(attention, self.head, iterations=self.config.iterations)
 
     def __call__(self, attention: Attention, maps: Tensor, valid: Tensor | None = None) -> Tensor:
         """Propagate maps over the patches, [B, X, h, w] → [B, X, h, w]; `valid` as in `affinity`."""
