@@ -178,14 +178,16 @@ def haaf(
 
 
 def tables(
-    number: Positional[tuple[Literal[1, 2, 3, 5], ...]] = (1, 2, 3, 5), *, preset: str = "voc"
+    number: Positional[tuple[Literal[1, 2, 3, 5, "field"], ...]] = (1, 2, 3, 5, "field"),
+    *,
+    preset: str = "voc",
 ) -> None:
-    """Print the paper's tables with this workbook's runs beside them.
+    """Print the paper's tables, and one of other single-stage systems, with this workbook's runs beside them.
 
     Example: python -m ssepa_lib tables 3 --preset voc_mini
 
     Args:
-        number: Numbers of the tables.
+        number: Numbers of the tables; field: other systems.
         preset: Data recipe.
     """
     from ssepa_lib.paths import results_root
@@ -210,7 +212,7 @@ def bench(
     Example: python -m ssepa_lib bench affinity step --quick
 
     Args:
-        suite: affinity, step, par, energy, loader, crf or scaling; by default all.
+        suite: affinity, step, par, masks, energy, loader, crf or scaling; by default all.
         out: By default results/bench.
         quick: Smaller sizes, fewer repeats.
         full: ViT-B at 448² on a CPU too (minutes per row).

@@ -19,7 +19,7 @@ from ssepa_lib.paths import RECIPES
 from ssepa_lib.recipe import AffinityConfig, CamConfig, Recipe, ReinforceConfig
 
 HASHES = Path(__file__).with_name("recipe_hashes.json")
-METHODS = [*sorted(path.stem for path in (RECIPES / "method").glob("*.yaml")), "fsr+ssepa"]
+METHODS = [*sorted(path.stem for path in (RECIPES / "method").glob("*.yaml")), "fsr+ssepa", "mcc+ssepa"]
 NAMES = [
     f"{data.stem}/{method}" for data in sorted((RECIPES / "data").glob("*.yaml")) for method in METHODS
 ] + [f"voc/ssepa/{file.stem}" for file in sorted((RECIPES / "backbone").glob("*.yaml"))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ssepa_lib.benchmarks.measure import MB, Row
-from ssepa_lib.benchmarks.part_suites import crf, energy, loader, par
+from ssepa_lib.benchmarks.part_suites import crf, energy, loader, masks, par
 from ssepa_lib.benchmarks.setup import Setup, machine, open_setup
 from ssepa_lib.benchmarks.step_suites import affinity, scaling, step
 from ssepa_lib.errors import UserError
@@ -17,7 +17,7 @@ from ssepa_lib.files import write_json, write_text
 from ssepa_lib.paths import results_root
 
 SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
-    suite.__name__: suite for suite in (affinity, step, par, energy, loader, crf, scaling)
+    suite.__name__: suite for suite in (affinity, step, par, masks, energy, loader, crf, scaling)
 }
 
 

@@ -1,4 +1,4 @@
-"""Suites over single parts: pixel-adaptive refinement, dense energy, loading and the dense CRF."""
+"""Suites over single parts: refinement (PAR), masked views, dense energy, loading and the dense CRF."""
 
 import os
 import statistics
@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.benchmarks import naive_step
-from ssepa_lib.benchmarks.measure import MB, Row, full_step, interleaved, make_row, time_row, wait
+from ssepa_lib.benchmarks.measure import (
+    MB,
+    Row,
+    count_flops,
+    full_step,
+    interleaved,
+    make_row,
+    time_row,
+    wait,
+)
 from ssepa_lib.benchmarks.setup import Setup
 from ssepa_lib.data import IGNORE, train_loader
 from ssepa_lib.data.images import classes_in
@@ -21,6 +30,7 @@ from ssepa_lib.evaluation.memory import peak_memory
 from ssepa_lib.labels import PseudoLabeler
 from ssepa_lib.labels.crf import crf_available, crf_pool
 from ssepa_lib.methods.losses import dense_energy
+from ssepa_lib.methods.mcc import masked_views
 from ssepa_lib.training import Trainer
 
 
@@ -73,6 +83,35 @@ def _label_row(setup: Setup, image: Tensor, mask: Tensor, labeler: PseudoLabeler
     seconds = interleaved({"ours": ours, "theirs": theirs}, setup)
     setting = f"{count} classes, {side}², batch {size}"
     return time_row("par", "two-threshold labels, time", setting, seconds["ours"], seconds["theirs"])
+
+
+def masks(setup: Setup) -> Iterator[Row]:
+    """A step of MCC with its hidden patches dropped against one with their keys masked, and beside ToCo's."""
+    size = 1 if setup.full and not setup.gpu else 4
+    batch, setting = setup.batch(size), setup.describe(size)
+    block = {"contrast.mask_block": max(1, round(setup.side / 16 / 7))}  # 7×7 blocks, as at 448²
+    recipes = {name: setup.recipe("mcc", batch=size, changes=block) for name in ("dropped", "masked")}
+    recipes["toco"] = setup.recipe("toco", batch=size)
+    trainers = {name: Trainer(recipe, VOC_CLASSES, setup.device) for name, recipe in recipes.items()}
+    backbone = trainers["masked"].network.backbone
+    backbone.class_tokens = partial(naive_step.masked_class_tokens, backbone)
+    seconds = interleaved({n: partial(full_step, trainer, batch) for n, trainer in trainers.items()}, setup)
+    for other, words in (("masked", "keys masked"), ("toco", "ToCo")):
+        name = f"step time of MCC against {words}"
+        yield time_row("masks", name, setting, seconds["dropped"], seconds[other], gain=False)
+    grid = backbone.grid(setup.side, setup.side)
+    regions = torch.ones(size, *grid, dtype=torch.long, device=setup.device)
+    visible, _ = masked_views(regions, recipes["dropped"].contrast, torch.Generator().manual_seed(0))
+
+    def views(trainer: Trainer) -> None:
+        with torch.autocast(setup.device.type, torch.bfloat16, enabled=trainer.bf16):
+            trainer.network.backbone.class_tokens(batch.image, visible).sum().backward()
+
+    both = {name: partial(views, trainers[name]) for name in ("dropped", "masked")}
+    seconds, flops = interleaved(both, setup), count_flops(both["dropped"])
+    target = setup.target("≤ 0.3")
+    name, more = "masked views, forward and backward", {"gain": False, "target": target, "flops": flops}
+    yield time_row("masks", name, setting, seconds["dropped"], seconds["masked"], **more)
 
 
 def energy(setup: Setup) -> Iterator[Row]:

@@ -32,14 +32,14 @@ OnStep = Callable[[dict[str, Any]], None]
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
     """Multiplier of every learning rate at `step` (counted from 0).
 
-    Linear warm-up from `warmup_factor`, then (1 − t/T)^0.9 ("poly", ToCo) or half a cosine to 0 ("cosine",
+    Linear warm-up from `warmup_factor`, then (1 − t/T)^power ("poly", ToCo) or half a cosine to 0 ("cosine",
     FSR).
     """
     total, warmup, first = recipe.train.steps, recipe.warmup_steps, recipe.optim.warmup_factor
     if step < warmup:
         return first + (1 - first) * step / warmup
     if recipe.optim.schedule == "poly":
-        return max(0.0, 1 - step / total) ** 0.9
+        return max(0.0, 1 - step / total) ** recipe.optim.power
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
