@@ -6,12 +6,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from matplotlib.patheffects import Normal, withStroke
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.workbook.figures.images import CAM_COLOURS, to_numpy, to_pixels
+from ssepa_lib.workbook.figures.images import CAM_COLOURS, mask_colours, to_numpy, to_pixels
 
 Point = tuple[float, float]
 STYLES = {  # kind of box → fill, edge
@@ -28,7 +28,6 @@ LINES = {  # kind of arrow → colour, line style
 }
 HERE = "#ffcc00"  # halo of the highlighted box
 UNIT = 0.08  # inches per unit of a diagram at full size
-SMALL = 0.75  # below this share of the full size only boxes keep their words
 
 
 class Canvas:
@@ -61,11 +60,6 @@ class Canvas:
         ax.autoscale(False)
         room = ax.get_window_extent().width / ax.figure.dpi
         self.scale = min(room / (UNIT * width), 1.0)
-        self.small = self.scale < SMALL
-
-    def font(self, points: float) -> float:
-        """A font size for axes of this width, never too small to read."""
-        return max(points * self.scale, 5.5)
 
     def box(
         self,
@@ -91,7 +85,9 @@ class Canvas:
         patch = FancyBboxPatch((x, y), w, h, shape, facecolor=fill, edgecolor=edge, linewidth=1.2, zorder=3)
         patch.set_gid(name)
         if lit:
-            patch.set(linewidth=2.2, path_effects=[withStroke(linewidth=9 * self.scale, foreground=HERE), Normal()])
+            patch.set(
+                linewidth=2.2, path_effects=[withStroke(linewidth=8 * self.scale, foreground=HERE), Normal()]
+            )
         self.ax.add_patch(patch)
         if name in self.images and side:
             self.thumbnail(at, self.images[name], **image)
@@ -102,26 +98,42 @@ class Canvas:
         self.text(place, title, 8, weight="bold" if lit else "normal", **options)
 
     def thumbnail(
-        self, at: tuple[float, float, float, float], values: Any, cmap: str = CAM_COLOURS, limit: float = 0
+        self,
+        at: tuple[float, float, float, float],
+        values: Any,
+        *,
+        matrix: bool = False,
+        labels: bool = False,
+        limit: float = 1,
     ) -> None:
-        """An image [3, H, W], or a map or matrix [h, w], inside a box."""
+        """Something small inside a box: an image [3, H, W], or a map [h, w] from 0 to `limit`.
+
+        Args:
+            matrix: it is an attention matrix, drawn in grey and brightened.
+            labels: it holds class ids.
+        """
         x, y, w, h = at
-        array = to_numpy(values)
         extent = (x + 0.4, x + w - 0.4, y + 0.4, y + h - 0.4)
-        if array.ndim == 3:
-            self.ax.imshow(to_pixels(values), extent=extent, zorder=4, interpolation="nearest", aspect="auto")
-        else:
-            top = limit or max(float(array.max()), 1e-12)
-            self.ax.imshow(
-                array, extent=extent, zorder=4, cmap=cmap, vmin=0, vmax=top, interpolation="nearest", aspect="auto"
-            )
+        colours = {"cmap": "Greys" if matrix else CAM_COLOURS, "vmin": 0, "vmax": limit}
+        shown = mask_colours(values) if labels else to_numpy(values)
+        if shown.ndim == 3:
+            shown, colours = to_pixels(shown), {}
+        elif matrix:
+            shown = np.sqrt(np.clip(shown / max(float(np.quantile(shown, 0.98)), 1e-12), 0, 1))
+        self.ax.imshow(shown, extent=extent, zorder=4, interpolation="nearest", aspect="auto", **colours)
 
     def text(self, at: Point, words: str, size: float = 7, **options: Any) -> None:
-        """Words at a point, by default centred; in a small diagram only those of boxes (8 points)."""
-        if not words or (self.small and size < 8):
+        """Words at a point, by default centred, in points at full size."""
+        if not words:
             return
-        options = {"ha": "center", "va": "center", "color": "black", "zorder": 6, "linespacing": 1.15} | options
-        self.ax.text(*at, words, fontsize=self.font(size), **options)
+        options = {
+            "ha": "center",
+            "va": "center",
+            "color": "black",
+            "zorder": 6,
+            "linespacing": 1.15,
+        } | options
+        self.ax.text(*at, words, fontsize=size * self.scale, **options)
 
     def at(self, name: str, side: str, share: float = 0.5) -> Point:
         """A point on the border of a box: side n, e, s or w; `share` from left or from below."""
@@ -185,21 +197,29 @@ class Canvas:
             FancyBboxPatch((x, y), w, h, "square,pad=0", facecolor="white", edgecolor="0.5", zorder=3)
         )
         if "mask" in self.images:
-            self.thumbnail(at, self.images["mask"], cmap="Greys")
+            self.thumbnail(at, self.images["mask"], labels=True)
         for a, b in (((x, y), (x + w, y + h)), ((x, y + h), (x + w, y))):
             self.ax.plot(*zip(a, b, strict=True), color="#b4375a", linewidth=2, zorder=5)
         self.text((x + w + 0.8, y + h / 2), words, 7, ha="left")
 
-    def legend(self, at: Point, kinds: Sequence[str], lines: Sequence[str] = tuple(LINES), step: float = 15) -> None:
+    def legend(
+        self, at: Point, kinds: Sequence[str], lines: Sequence[str] = tuple(LINES), step: float = 15
+    ) -> None:
         """What the colours and the arrows mean, in one row."""
-        if self.small:
-            return
         x, y = at
-        names = {"data": "data", "learned": "learned", "fixed": "fixed", "teacher": "teacher (EMA)", "loss": "loss"}
+        names = {
+            "data": "data",
+            "learned": "learned",
+            "fixed": "fixed",
+            "teacher": "teacher (EMA)",
+            "loss": "loss",
+        }
         for kind in kinds:
             fill, edge = STYLES[kind]
             round_ = "round,pad=0,rounding_size=" + ("0.9" if kind == "loss" else "0.3")
-            self.ax.add_patch(FancyBboxPatch((x, y - 0.9), 3, 1.8, round_, facecolor=fill, edgecolor=edge, zorder=3))
+            self.ax.add_patch(
+                FancyBboxPatch((x, y - 0.9), 3, 1.8, round_, facecolor=fill, edgecolor=edge, zorder=3)
+            )
             self.text((x + 3.6, y), names[kind], 7, ha="left")
             x += 5.5 + 0.62 * len(names[kind])
         meaning = {
@@ -216,7 +236,7 @@ class Canvas:
         """The finished axes.
 
         Raises:
-            UserError: there is no box of the name that was to be highlighted, or thumbnails without a box.
+            UserError: there is no box of the name that was to be highlighted.
         """
         if self.highlight is not None and self.highlight not in self.boxes:
             raise UserError(f"there is no box '{self.highlight}'; choose one of {', '.join(self.boxes)}.")
