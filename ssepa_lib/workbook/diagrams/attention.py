@@ -145,7 +145,24 @@ def haaf(
     """
     s, given = shapes_of(source), dict(images or {})
     c = Canvas((138, 46), ax, highlight, _matrices(given), margin=4)
-    k, n = f"[{s.layers}]", s.patches if s.recipe.affinity.descriptor == "patch" else s.tokens
+    _weighing(c, s)
+    _bars(c, s, given)
+    if s.recipe.affinity.descriptor == "full":
+        c.text(
+            (50.5, 26.3),
+            "locked: the full map's mean is\nthe same for every image",
+            7,
+            color=STRUCK,
+            va="top",
+        )
+    c.text((2, -2), s.letters, 7, ha="left")
+    return c.done()
+
+
+def _weighing(c: Canvas, s: Shapes) -> None:
+    """Head means in, weighted mean out."""
+    n = s.patches if s.recipe.affinity.descriptor == "patch" else s.tokens
+    k, full = f"[{s.layers}]", shape(s.tokens, s.tokens)
     for back in (2.0, 1.0):
         c.ax.add_patch(Rectangle((2 + back, 26.5 + back), 12, 12, facecolor="white", edgecolor="0.35"))
     if "layer" in c.images:
@@ -158,28 +175,11 @@ def haaf(
     c.arrow((16, 32), c.at("pool", "w"), shape=f"{s.layers} maps\n{shape(n, n)}", kind="stopped")
     c.arrow(c.at("pool", "e"), c.at("mlp", "w"), shape=f"v {k}", kind="stopped")
     c.arrow(c.at("mlp", "e"), c.at("scale", "w"), shape=f"v′ {k}")
-    c.arrow(
-        (8, 40.5),
-        (8, 42.5),
-        (94, 42.5),
-        c.at("scale", "n"),
-        kind="stopped",
-        shape=f"{s.layers} maps {shape(s.tokens, s.tokens)}",
-    )
+    around = ((8, 40.5), (8, 42.5), (94, 42.5), c.at("scale", "n"))
+    c.arrow(*around, kind="stopped", shape=f"{s.layers} maps {full}")
     c.arrow(
         c.at("scale", "e"), c.at("affinity", "w"), shape=f"mean over layers\n{shape(s.patches, s.patches)}"
     )
-    _bars(c, s, given)
-    if s.recipe.affinity.descriptor == "full":
-        c.text(
-            (50.5, 26.3),
-            "locked: the full map's mean is\nthe same for every image",
-            7,
-            color=STRUCK,
-            va="top",
-        )
-    c.text((2, -2), s.letters, 7, ha="left")
-    return c.done()
 
 
 def _bars(c: Canvas, s: Shapes, given: Mapping[str, Any]) -> None:
