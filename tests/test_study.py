@@ -16,7 +16,7 @@ from ssepa_lib.model import LayerWeights
 from ssepa_lib.training import load_run
 from ssepa_lib.workbook import haaf_study, study
 from ssepa_lib.workbook.published import table_3
-from ssepa_lib.workbook.tables import paired_differences, summary
+from ssepa_lib.workbook.tables import committed, paired_differences, summary
 
 TINY = {
     "data.crop": 32,
@@ -203,3 +203,21 @@ def test_samples_and_parts_with_and_without_masks():
     assert [p.unique().tolist() for p in study.object_parts(plain, [0, 1], 8, [0, 1])] == [[0, 2], [0, 2]]
     bare = TwoImages(masks=False)
     assert study.samples(bare, [0, 1], 8)[2] is None and study.object_parts(bare, [0], 8, [0]) is None
+
+
+def test_images_that_show_a_class_are_found_beyond_the_end():
+    dataset = TwoImages()
+    assert study.with_label(dataset, 5) == [1] and study.with_label(dataset, 1, 6) == [1, 0]
+    dataset.label = lambda i: torch.tensor([0.0, float(i == 0)])
+    assert study.with_label(dataset, 1, 3) == [0]
+    dataset.label = lambda i: torch.zeros(2)
+    with pytest.raises(UserError, match="no image of toy, split 'val', shows a class"):
+        study.with_label(dataset, 0)
+
+
+def test_committed_tables_are_read_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = committed("balanced_affinity/rows.csv")
+    assert {"preset", "method", "seed", "refined_cam"} <= set(rows)
+    with pytest.raises(UserError, match="nothing.csv is missing"):
+        committed("nothing.csv")

@@ -178,6 +178,19 @@ def samples(
     return torch.cat(images), torch.stack([item.label for item in items]), masks
 
 
+def with_label(dataset: SegmentationDataset, first: int, count: int = 1) -> list[int]:
+    """Up to `count` images that show a class, from image `first` on; after the last image comes the first.
+
+    Raises:
+        UserError: no image of the dataset shows a class.
+    """
+    order = [(first + i) % len(dataset) for i in range(len(dataset))]
+    found = list(itertools.islice((i for i in order if bool(dataset.label(i).any())), count))
+    if not found:
+        raise UserError(f"no image of {dataset.name}, split '{dataset.split}', shows a class; check labels.")
+    return found
+
+
 def _square(ids: Tensor, side: int) -> Tensor:
     """Ids [H, W] resized to [side, side], nearest neighbour."""
     return F.interpolate(ids[None, None].float(), (side, side))[0, 0].byte()
