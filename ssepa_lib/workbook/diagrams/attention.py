@@ -14,14 +14,10 @@ from ssepa_lib.model import Network
 from ssepa_lib.workbook.diagrams.canvas import Canvas, shape
 from ssepa_lib.workbook.diagrams.sizes import Shapes, shapes_of
 from ssepa_lib.workbook.figures.images import to_numpy
+from ssepa_lib.workbook.figures.style import LANDMARKS
 
 STRUCK = "#b4375a"
-ROWS = {
-    "Head": "#d55e00",
-    "Body": "#009e73",
-    "Ground": "#7b5ea7",
-}  # landmark patches; safe for the colour-blind
-OTHERS = ("#0072b2", "#e69f00", "#56b4e9")
+OTHERS = ("#0072b2", "#e69f00", "#56b4e9")  # rows that are no landmarks
 
 
 def affinity_extraction(
@@ -100,7 +96,7 @@ def _rows(c: Canvas, s: Shapes, landmarks: Mapping[str, int], given: Mapping[str
     x, y, w, h = c.boxes["affinity"]
     order = sorted(landmarks.items(), key=lambda item: item[1])[:3]
     for i, (name, patch) in enumerate(order):
-        colour = ROWS.get(name, OTHERS[i])
+        colour = LANDMARKS.get(name, OTHERS[i])
         height, top = y + h * (1 - (patch + 0.5) / s.patches), 23 - 11.3 * i
         c.ax.plot((x, x + w), (height, height), color=colour, linewidth=2, zorder=5)
         c.arrow(
