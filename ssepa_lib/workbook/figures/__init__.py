@@ -14,6 +14,13 @@ from ssepa_lib.workbook.figures.images import (
     plot_mask,
     plot_mask_grid,
 )
+from ssepa_lib.workbook.figures.judged import (
+    plot_better_or_worse,
+    plot_film,
+    plot_judged_grid,
+    plot_mass,
+    plot_threshold_curves,
+)
 from ssepa_lib.workbook.figures.layers import plot_attention_strip, plot_haaf_objectives, plot_layer_weights
 from ssepa_lib.workbook.figures.parts import (
     plot_landmark_rows,
@@ -30,6 +37,11 @@ __all__ = [
     "OUTPUT_NAMES",
     "method_name",
     "plot_affinity_row",
+    "plot_threshold_curves",
+    "plot_mass",
+    "plot_judged_grid",
+    "plot_film",
+    "plot_better_or_worse",
     "plot_attention_strip",
     "plot_cam",
     "plot_cam_grid",
