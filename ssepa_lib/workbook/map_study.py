@@ -3,7 +3,7 @@
 Masks and parts are used here to measure; nothing is trained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -18,11 +18,11 @@ from ssepa_lib.evaluation.evaluate import THRESHOLDS
 from ssepa_lib.evaluation.maps import PARTS, floor, mass_by_part
 from ssepa_lib.evaluation.multiscale import cam_view, top_class
 from ssepa_lib.evaluation.scores import ThresholdConfusion
-from ssepa_lib.labels import Refiner, multi_scale_cam, normalise_cam
+from ssepa_lib.labels import PseudoLabeler, Refiner, multi_scale_cam, normalise_cam
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.workbook.study import object_parts
+from ssepa_lib.workbook.study import object_parts, samples
 
 NO_MASKS = "This dataset has no masks, so there is nothing to measure against."
 
@@ -199,12 +199,12 @@ def _scenes(
     return torch.cat(pixels), parts
 
 
-def propagation_maps(affinity: Tensor, cam: Tensor, steps: Sequence[int]) -> Tensor:
-    """A map after several numbers of propagation steps.
+def propagated(affinity: Tensor, cam: Tensor, steps: Sequence[int]) -> Tensor:
+    """A map after several numbers of multiplications.
 
     Args:
         affinity: [N, N].
-        cam: [N].
+        cam: [N], not negative.
         steps: increasing, from 0.
 
     Returns:
@@ -218,9 +218,59 @@ def propagation_maps(affinity: Tensor, cam: Tensor, steps: Sequence[int]) -> Ten
     return torch.stack(found)
 
 
-def noise_affinity(attention: Attention, seed: int = 0) -> Tensor:
-    """Random rows that sum to 1, the same for every image: [B, N, N]."""
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.rand(attention.patches, attention.patches, generator=generator)
-    matrix = matrix.to(attention.queries[0].device)
-    return (matrix / matrix.sum(1, keepdim=True)).expand(len(attention.queries[0]), -1, -1)
+def random_rows(patches: int, seed: int = 0) -> Tensor:
+    """A random matrix [N, N] whose rows sum to 1."""
+    matrix = torch.rand(patches, patches, generator=torch.Generator().manual_seed(seed))
+    return matrix / matrix.sum(1, keepdim=True)
+
+
+def always(matrix: Tensor) -> Callable[[Attention], Tensor]:
+    """The same matrix [N, N] for every image, as `MatrixRefiner` wants it."""
+    return lambda attention: matrix.expand(len(attention.queries[0]), -1, -1)
+
+
+def per_image(
+    table: pd.DataFrame, indices: Sequence[int], names: Sequence[str]
+) -> tuple[dict[str, list[float]], dict[str, list[list[float]]]]:
+    """IoU and shares of some images out of `measure_maps`: name of the map → one entry per image."""
+    found = table.set_index(["map", "index"])
+    ious = {name: [float(found.loc[(name, i), "iou"]) for i in indices] for name in names}
+    shares = {name: [found.loc[(name, i), list(PARTS)].tolist() for i in indices] for name in names}
+    return ious, shares
+
+
+def case(
+    network: Network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    index: int,
+    refiners: Mapping[str, Refiner | None],
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """One image of a dataset: its pixels [3, S, S], the maps of its first class by name, and where that
+    class is, bool [S, S]."""
+    side, where = recipe.data.eval_size or recipe.data.crop, network.classifier.weight.device
+    pixels, labels, masks = samples(dataset, [index], side)
+    kind = int(labels.argmax())
+    found = class_maps(network, recipe, pixels.to(where), labels.to(where), [kind], refiners)
+    return pixels[0], {name: maps[0].cpu() for name, maps in found.items()}, masks[0] == kind + 1
+
+
+def blind_numbers(
+    network: Network, recipe: Recipe, dataset: SegmentationDataset, refiner: Refiner | None
+) -> pd.DataFrame:
+    """Numbers of a map that need no mask, one row per image with a label.
+
+    Columns: `median` (of the map in 0..1: a floor without a mask), `area` (share of the image above the
+    recipe's background threshold), `PAR` (mean absolute change under pixel-adaptive refinement).
+    """
+    device, rows = network.classifier.weight.device, {}
+    side, par = recipe.data.eval_size or recipe.data.crop, PseudoLabeler(recipe.cam).par.to(device)
+    indices = [i for i in range(len(dataset)) if dataset.label(i).any()]
+    for index in indices:
+        pixels, labels, _ = samples(dataset, [index], side)
+        pixels, labels = pixels.to(device), labels.to(device)
+        (map,) = class_maps(network, recipe, pixels, labels, [int(labels.argmax())], {"": refiner})[""]
+        moved = (par(pixels, map[None, None])[0, 0] - map).abs().mean()
+        area = (map > recipe.cam.background).float().mean()
+        rows[index] = {"median": float(map.median()), "area": float(area), "PAR": float(moved)}
+    return pd.DataFrame.from_dict(rows, orient="index")

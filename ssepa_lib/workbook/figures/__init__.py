@@ -16,6 +16,7 @@ from ssepa_lib.workbook.figures.images import (
 )
 from ssepa_lib.workbook.figures.judged import (
     plot_better_or_worse,
+    plot_case,
     plot_film,
     plot_judged_grid,
     plot_mass,
@@ -44,6 +45,7 @@ __all__ = [
     "plot_better_or_worse",
     "plot_attention_strip",
     "plot_cam",
+    "plot_case",
     "plot_cam_grid",
     "plot_class_scores",
     "plot_crop_views",

@@ -123,7 +123,7 @@ def plot_better_or_worse(ious: pd.DataFrame, base: str, axes: Sequence[Axes] | N
 
 
 def plot_threshold_curves(curves: pd.DataFrame, fixed: float, ax: Axes | None = None) -> Axes:
-    """mIoU against the background threshold, one line per map; dots mark the best, a dotted line the fixed one.
+    """mIoU against the background threshold, one line per map; dots: the best, dotted line: the fixed one.
 
     Args:
         curves: as from `map_study.measure_maps`.
@@ -175,3 +175,50 @@ def _holds_ids(values: Array) -> bool:
         if isinstance(values, torch.Tensor)
         else np.issubdtype(values.dtype, np.floating)
     )
+
+
+def plot_case(
+    image: Array,
+    maps: Mapping[str, Array],
+    inside: Array,
+    titles: Mapping[str, str] | None = None,
+    histograms: bool = False,
+) -> np.ndarray:
+    """One image under several maps with the outline of its object.
+
+    Args:
+        maps: name → [H, W] in 0..1.
+        inside: bool [H, W], where the object is; its outline is drawn on every map.
+        histograms: below each map, its values on the object and on the background.
+
+    Returns:
+        axes [1 or 2, 1 + maps].
+    """
+    rows, inside = 1 + histograms, to_numpy(inside).astype(bool)
+    size = (1.9 * (len(maps) + 1), 2.3 + 1.3 * histograms)
+    ratios = [2.2, 1][:rows]
+    axes = plt.subplots(rows, len(maps) + 1, figsize=size, squeeze=False, height_ratios=ratios)[1]
+    plot_image(image, axes[0, 0], "image")
+    for ax, (name, values) in zip(axes[0, 1:], maps.items(), strict=True):
+        plot_cam(values, image, ax, bar="0 to 1" if ax is axes[0, -1] else "")
+        ax.set_title(name, fontsize="small")
+        ax.contour(inside, levels=[0.5], colors="white", linewidths=1)
+    if histograms:
+        axes[1, 0].set_axis_off()
+        for ax, values in zip(axes[1, 1:], maps.values(), strict=True):
+            _histogram(ax, to_numpy(values), inside)
+        axes[1, 1].legend(**{"fontsize": "x-small", "loc": "upper right", "handlelength": 1})
+    return axes
+
+
+def _histogram(ax: Axes, values: np.ndarray, inside: np.ndarray) -> None:
+    """How the values of a map are spread on the object and on the background, each side as shares."""
+    for where, name, colour in (
+        (~inside, "background", LANDMARKS["Ground"]),
+        (inside, "object", LANDMARKS["Body"]),
+    ):
+        weights = np.full(where.sum(), 1 / max(where.sum(), 1))
+        ax.hist(values[where], np.linspace(0, 1, 21), weights=weights, color=colour, alpha=0.6, label=name)
+    ax.axvline(np.median(values[~inside]) if (~inside).any() else 0, color="black", linewidth=1)
+    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], yticks=[], xlabel="value of the map")
+    ax.xaxis.label.set_fontsize("x-small")
