@@ -23,11 +23,13 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ssepa_lib.errors import UserError, nearest
+from ssepa_lib.evaluation.maps import PARTS, mass_by_part
 from ssepa_lib.paths import PACKAGE
 from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY
 
 PAGE = 25  # lines of source that a reader takes in at once
 COLOURS = {"right": "#1b7837", "wrong": "#b35806", "open": "#4a4a4a"}
+NO_MASKS = "This dataset has no masks, so there is nothing to measure here."
 
 
 def _box(state: str, text: str) -> HTML:
@@ -101,6 +103,11 @@ def reveal(guess: str | None, answer: str, why: str = "") -> HTML:
     return _box("wrong", f"You guessed {guess.strip().upper()}; it is {rest}")
 
 
+def seen(text: str) -> HTML:
+    """A sentence with what a figure or table above it has shown; its numbers are computed."""
+    return _box("open", text)
+
+
 def mark(value: Any, target: float, unit: str = "", *, lower: bool = False) -> HTML:
     """How far an exercise is from its target.
 
@@ -142,7 +149,8 @@ def landmarks(cam: Tensor, *, mask: Tensor | None = None, parts: Tensor | None =
         inside = (cam > cam.min() + 0.5 * (cam.max() - cam.min())).float()
     else:
         inside = _share((parts if mask is None else mask) > 0, cam)
-    tips = _share(parts == 1, cam) if parts is not None else (inside >= 0.75 * inside.max()).float()
+    known = parts is not None and bool((parts == 1).any())
+    tips = _share(parts == 1, cam) if known else (inside >= 0.75 * inside.max()).float()
     bodies = _share(parts == 2, cam) if parts is not None else inside
     head = int((tips + 1e-3 * _unit(cam)).argmax())
     rows, columns = torch.meshgrid(*(torch.arange(n) for n in cam.shape), indexing="ij")
@@ -150,6 +158,40 @@ def landmarks(cam: Tensor, *, mask: Tensor | None = None, parts: Tensor | None =
     body = int(torch.where(bodies >= 0.75 * bodies.max(), away, -1).argmax())
     ground = int(torch.where(inside <= inside.min(), away, -1).argmax())
     return {"Head": head, "Body": body, "Ground": ground}
+
+
+def patch_parts(parts: Tensor | None, grid: tuple[int, int]) -> list[str]:
+    """What most of each patch shows: head, body or ground; "unknown" without a mask.
+
+    Args:
+        parts: integer [H, W], 1 head, 2 body, else ground.
+        grid: h, w.
+
+    Returns:
+        h·w names, row by row.
+    """
+    if parts is None:
+        return ["unknown"] * (grid[0] * grid[1])
+    cells = torch.empty(grid)
+    shares = torch.stack([_share(parts == part, cells) for part in (1, 2)])  # [2, h, w]
+    shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
+    return [PARTS[i] for i in shares.argmax(0).flatten().tolist()]
+
+
+def part_shares(values: Tensor, parts: Tensor | None) -> str:
+    """Where a map on the patches has its mass, in words.
+
+    Args:
+        values: [h, w].
+        parts: integer [H, W], 1 head, 2 body, else ground; None: the dataset has no masks.
+    """
+    if parts is None:
+        return "this dataset has no masks, so the parts are not known"
+    full = F.interpolate(values.detach().float().cpu()[None, None], tuple(parts.shape))[0, 0]
+    shares = 100 * mass_by_part(full, parts)
+    if bool(shares.isnan().any()):
+        return "the map is zero everywhere"
+    return ", ".join(f"{name} {share:.0f} %" for name, share in zip(PARTS, shares.tolist(), strict=True))
 
 
 def _share(where: Tensor, cam: Tensor) -> Tensor:
