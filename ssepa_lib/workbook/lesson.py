@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ssepa_lib.errors import UserError, nearest
+from ssepa_lib.evaluation.attention import patch_distances
 from ssepa_lib.evaluation.maps import PARTS, mass_by_part
 from ssepa_lib.paths import PACKAGE
 from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY
@@ -132,9 +133,10 @@ def landmarks(cam: Tensor, *, mask: Tensor | None = None, parts: Tensor | None =
     """Three patches that a lesson follows: Head, Body and Ground.
 
     Head is the patch that shows most of the head and, of several, has the highest map; Body the patch of
-    the body that is farthest from Head; Ground the patch of the background that is farthest from Head.
-    Without parts, Head is the peak of the map inside the object and the whole object counts as body.
-    Without a mask as well, the patches above half of the peak stand in for the object.
+    the body that is farthest from Head; Ground the patch that is farthest from the object, not at the edge
+    of the image if there is another. Without parts, Head is the peak of the map inside the object and the
+    whole object counts as body. Without a mask as well, the patches above half of the peak stand in for the
+    object.
 
     Args:
         cam: map [h, w] of the shown class on the grid of patches.
@@ -153,11 +155,20 @@ def landmarks(cam: Tensor, *, mask: Tensor | None = None, parts: Tensor | None =
     tips = _share(parts == 1, cam) if known else (inside >= 0.75 * inside.max()).float()
     bodies = _share(parts == 2, cam) if parts is not None else inside
     head = int((tips + 1e-3 * _unit(cam)).argmax())
-    rows, columns = torch.meshgrid(*(torch.arange(n) for n in cam.shape), indexing="ij")
-    away = torch.hypot(rows - float(head // cam.shape[1]), columns - float(head % cam.shape[1]))
-    body = int(torch.where(bodies >= 0.75 * bodies.max(), away, -1).argmax())
-    ground = int(torch.where(inside <= inside.min(), away, -1).argmax())
-    return {"Head": head, "Body": body, "Ground": ground}
+    apart = patch_distances(tuple(cam.shape), (1, 1))  # [N, N]
+    body = int(torch.where(bodies.flatten() >= 0.9 * bodies.max(), apart[head], -1).argmax())
+    return {"Head": head, "Body": body, "Ground": _ground(inside, apart)}
+
+
+def _ground(inside: Tensor, apart: Tensor) -> int:
+    """The patch of the background with the largest distance to the object, off the edge if possible."""
+    empty = (inside <= inside.min()).flatten()
+    edge = F.pad(torch.zeros(max(0, inside.shape[0] - 2), max(0, inside.shape[1] - 2)), (1, 1, 1, 1), value=1)
+    inner = empty & (edge[: inside.shape[0], : inside.shape[1]].flatten() == 0)
+    if empty.all():
+        return int((inner if inner.any() else empty).float().argmax())
+    far = apart[:, ~empty].min(1).values
+    return int(torch.where(inner if inner.any() else empty, far, -1).argmax())
 
 
 def patch_parts(parts: Tensor | None, grid: tuple[int, int]) -> list[str]:
@@ -253,5 +264,5 @@ def two_worlds(
         ax.margins(x=0.15)
         ax.grid(False, axis="y")
         ax.set_xlabel(label)
-        ax.set_title(str(series.name), fontsize="small", loc="left")
+        ax.set_title(textwrap.fill(str(series.name), 44), fontsize="small", loc="left")
     return dict(axes)
