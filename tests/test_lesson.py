@@ -74,11 +74,25 @@ def test_landmarks_with_parts_with_a_mask_and_without():
     parts[10:20, 10:20] = 1
     cam = torch.zeros(4, 6)
     cam[1, 2], cam[0, 5] = 1, 2
-    assert lesson.landmarks(cam, parts=parts) == {"Head": 7, "Body": 10, "Ground": 23}
+    assert lesson.landmarks(cam, parts=parts) == {"Head": 7, "Body": 10, "Ground": 13}
     by_mask = lesson.landmarks(cam, mask=(parts > 0) * 5)
-    assert by_mask == {"Head": 8, "Body": 10, "Ground": 23}
+    assert by_mask == {"Head": 8, "Body": 10, "Ground": 13}
     alone = lesson.landmarks(cam)
     assert alone["Head"] == 5 and cam.flatten()[alone["Ground"]] == 0
+
+
+def test_parts_of_patches_and_shares_in_words():
+    parts = torch.zeros(4, 6, dtype=torch.uint8)
+    parts[:2, :2], parts[2:, :2], parts[0, 2] = 1, 2, 2
+    assert lesson.patch_parts(parts, (2, 3)) == ["head", "ground", "ground", "body", "ground", "ground"]
+    assert lesson.patch_parts(None, (1, 2)) == ["unknown", "unknown"]
+    values = torch.tensor([[2.0, 0, 1], [1, 0, 0]])
+    assert lesson.part_shares(values, parts) == "head 50 %, body 25 %, ground 25 %"
+    assert "zero everywhere" in lesson.part_shares(0 * values, parts)
+    assert "no masks" in lesson.part_shares(values, None)
+    whole = 2 * (parts > 0)
+    cam = torch.tensor([[0.0, 0, 9], [1, 0, 0]])
+    assert lesson.landmarks(cam, parts=whole)["Head"] == 3, "without a head: the peak inside the object"
 
 
 def test_landmarks_of_a_constant_map_are_patches():

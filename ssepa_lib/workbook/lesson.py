@@ -23,11 +23,14 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ssepa_lib.errors import UserError, nearest
+from ssepa_lib.evaluation.attention import patch_distances
+from ssepa_lib.evaluation.maps import PARTS, mass_by_part
 from ssepa_lib.paths import PACKAGE
 from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY
 
 PAGE = 25  # lines of source that a reader takes in at once
 COLOURS = {"right": "#1b7837", "wrong": "#b35806", "open": "#4a4a4a"}
+NO_MASKS = "This dataset has no masks, so there is nothing to measure here."
 
 
 def _box(state: str, text: str) -> HTML:
@@ -101,6 +104,11 @@ def reveal(guess: str | None, answer: str, why: str = "") -> HTML:
     return _box("wrong", f"You guessed {guess.strip().upper()}; it is {rest}")
 
 
+def seen(text: str) -> HTML:
+    """A sentence with what a figure or table above it has shown; its numbers are computed."""
+    return _box("open", text)
+
+
 def mark(value: Any, target: float, unit: str = "", *, lower: bool = False) -> HTML:
     """How far an exercise is from its target.
 
@@ -125,9 +133,10 @@ def landmarks(cam: Tensor, *, mask: Tensor | None = None, parts: Tensor | None =
     """Three patches that a lesson follows: Head, Body and Ground.
 
     Head is the patch that shows most of the head and, of several, has the highest map; Body the patch of
-    the body that is farthest from Head; Ground the patch of the background that is farthest from Head.
-    Without parts, Head is the peak of the map inside the object and the whole object counts as body.
-    Without a mask as well, the patches above half of the peak stand in for the object.
+    the body that is farthest from Head; Ground the patch that is farthest from the object, not at the edge
+    of the image if there is another. Without parts, Head is the peak of the map inside the object and the
+    whole object counts as body. Without a mask as well, the patches above half of the peak stand in for the
+    object.
 
     Args:
         cam: map [h, w] of the shown class on the grid of patches.
@@ -142,14 +151,58 @@ def landmarks(cam: Tensor, *, mask: Tensor | None = None, parts: Tensor | None =
         inside = (cam > cam.min() + 0.5 * (cam.max() - cam.min())).float()
     else:
         inside = _share((parts if mask is None else mask) > 0, cam)
-    tips = _share(parts == 1, cam) if parts is not None else (inside >= 0.75 * inside.max()).float()
+    known = parts is not None and bool((parts == 1).any())
+    tips = _share(parts == 1, cam) if known else (inside >= 0.75 * inside.max()).float()
     bodies = _share(parts == 2, cam) if parts is not None else inside
     head = int((tips + 1e-3 * _unit(cam)).argmax())
-    rows, columns = torch.meshgrid(*(torch.arange(n) for n in cam.shape), indexing="ij")
-    away = torch.hypot(rows - float(head // cam.shape[1]), columns - float(head % cam.shape[1]))
-    body = int(torch.where(bodies >= 0.75 * bodies.max(), away, -1).argmax())
-    ground = int(torch.where(inside <= inside.min(), away, -1).argmax())
-    return {"Head": head, "Body": body, "Ground": ground}
+    apart = patch_distances(tuple(cam.shape), (1, 1))  # [N, N]
+    body = int(torch.where(bodies.flatten() >= 0.9 * bodies.max(), apart[head], -1).argmax())
+    return {"Head": head, "Body": body, "Ground": _ground(inside, apart)}
+
+
+def _ground(inside: Tensor, apart: Tensor) -> int:
+    """The patch of the background with the largest distance to the object, off the edge if possible."""
+    empty = (inside <= inside.min()).flatten()
+    edge = F.pad(torch.zeros(max(0, inside.shape[0] - 2), max(0, inside.shape[1] - 2)), (1, 1, 1, 1), value=1)
+    inner = empty & (edge[: inside.shape[0], : inside.shape[1]].flatten() == 0)
+    if empty.all():
+        return int((inner if inner.any() else empty).float().argmax())
+    far = apart[:, ~empty].min(1).values
+    return int(torch.where(inner if inner.any() else empty, far, -1).argmax())
+
+
+def patch_parts(parts: Tensor | None, grid: tuple[int, int]) -> list[str]:
+    """What most of each patch shows: head, body or ground; "unknown" without a mask.
+
+    Args:
+        parts: integer [H, W], 1 head, 2 body, else ground.
+        grid: h, w.
+
+    Returns:
+        h·w names, row by row.
+    """
+    if parts is None:
+        return ["unknown"] * (grid[0] * grid[1])
+    cells = torch.empty(grid)
+    shares = torch.stack([_share(parts == part, cells) for part in (1, 2)])  # [2, h, w]
+    shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
+    return [PARTS[i] for i in shares.argmax(0).flatten().tolist()]
+
+
+def part_shares(values: Tensor, parts: Tensor | None) -> str:
+    """Where a map on the patches has its mass, in words.
+
+    Args:
+        values: [h, w].
+        parts: integer [H, W], 1 head, 2 body, else ground; None: the dataset has no masks.
+    """
+    if parts is None:
+        return "this dataset has no masks, so the parts are not known"
+    full = F.interpolate(values.detach().float().cpu()[None, None], tuple(parts.shape))[0, 0]
+    shares = 100 * mass_by_part(full, parts)
+    if bool(shares.isnan().any()):
+        return "the map is zero everywhere"
+    return ", ".join(f"{name} {share:.0f} %" for name, share in zip(PARTS, shares.tolist(), strict=True))
 
 
 def _share(where: Tensor, cam: Tensor) -> Tensor:
@@ -211,5 +264,5 @@ def two_worlds(
         ax.margins(x=0.15)
         ax.grid(False, axis="y")
         ax.set_xlabel(label)
-        ax.set_title(str(series.name), fontsize="small", loc="left")
+        ax.set_title(textwrap.fill(str(series.name), 44), fontsize="small", loc="left")
     return dict(axes)

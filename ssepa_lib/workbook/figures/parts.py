@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
 from ssepa_lib.workbook.figures.images import (
     Array,
+    mark_patch,
     plot_affinity_row,
     plot_cam,
     plot_image,
@@ -16,15 +16,6 @@ from ssepa_lib.workbook.figures.images import (
     to_pixels,
 )
 from ssepa_lib.workbook.figures.style import LANDMARKS, own_axes
-
-
-def mark_patch(ax: Axes, patch: int, grid: tuple[int, int], size: tuple[int, int], colour: str) -> None:
-    """Frame one patch of a grid (h, w) on an image of `size` (height, width) that is drawn on `ax`."""
-    high, wide = size[0] / grid[0], size[1] / grid[1]
-    y, x = divmod(patch, grid[1])
-    corner = (x * wide - 0.5, y * high - 0.5)
-    for edge, line in (("black", 4.0), (colour, 2.2)):
-        ax.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=edge, linewidth=line))
 
 
 def plot_landmarks(
@@ -90,8 +81,8 @@ def plot_maps_with_shares(
         axes [rows, 1 + maps].
     """
     rows = 1 if shares is None else 2
-    size = (2.5 * (len(maps) + 1), 2.7 + 1.5 * (rows - 1))
-    ratios = [2.4, 1][:rows]
+    size = (2.4 * (len(maps) + 1), 2.5 + 1.2 * (rows - 1))
+    ratios = [2.1, 1][:rows]
     axes = plt.subplots(rows, len(maps) + 1, figsize=size, height_ratios=ratios, squeeze=False)[1]
     if landmarks:
         plot_landmarks(image, landmarks, grid, axes[0, 0], "image")
@@ -125,7 +116,8 @@ def plot_landmark_rows(
     for column, (title, of) in enumerate(rows.items()):
         for line, (name, patch) in enumerate(landmarks.items()):
             ax = axes[line, column]
-            plot_affinity_row(image, of[name], patch, grid, ax, title if line == 0 else "")
+            heading = title if line == 0 else ""
+            plot_affinity_row(image, of[name], patch, grid, ax, heading, LANDMARKS[name])
             if column == 0:
                 ax.set_ylabel(name, color=LANDMARKS[name], fontweight="bold")
     return axes
