@@ -22,9 +22,8 @@ from ssepa_lib.labels import PseudoLabeler, Refiner, multi_scale_cam, normalise_
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.workbook.lesson import NO_MASKS
 from ssepa_lib.workbook.study import object_parts, samples
-
-NO_MASKS = "This dataset has no masks, so there is nothing to measure against."
 
 
 def has_masks(dataset: SegmentationDataset) -> bool:
