@@ -246,3 +246,44 @@ def test_ranked_bars_are_sorted():
     ax = figures.plot_ranked({"a": 1.0, "b": 3.0}, "mIoU, %", ["a"])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
     assert [bar.get_width() for bar in ax.patches] == [3, 1]
+
+
+def test_a_worse_panel_is_framed_and_the_mass_adds_up(sample):
+    image, mask = sample
+    maps = {"CAM": [torch.zeros(6, 8)], "refined": [torch.ones(6, 8)]}
+    ious, shares = {"CAM": [40.0], "refined": [30.0]}, {name: [[0.5, 0.3, 0.2]] for name in maps}
+    axes = figures.plot_judged_grid([image], [mask], maps, ious, shares, CLASSES, ["square"], "CAM")
+    assert [len(ax.patches) for ax in axes[0]] == [0, 0, 0, 1]
+    assert axes[0, 3].get_xlabel() == "IoU 30 %" and axes[0, 3].xaxis.label.get_color() != "black"
+    (bar,) = axes[0, 3].child_axes
+    assert sum(part.get_width() for part in bar.patches) == pytest.approx(1)
+
+
+def test_better_and_not_better_are_counted():
+    ious = pd.DataFrame({"CAM": [10.0, 20, 30], "a": [20.0, 20, 10]})
+    (ax,) = figures.plot_better_or_worse(ious, "CAM")
+    assert ax.get_title() == "a\nbetter in 1 of 3"
+    assert [len(dots.get_offsets()) for dots in ax.collections] == [1, 2]
+
+
+def test_mass_and_thresholds(sample):
+    ax = figures.plot_mass(pd.DataFrame({"head": [0.2], "body": [0.3], "ground": [0.5]}, index=["CAM"]))
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([20, 30, 50])
+    curves = pd.DataFrame({"CAM": [10.0, 20, 5]}, index=[0.3, 0.5, 0.7])
+    ax = figures.plot_threshold_curves(curves, 0.3)
+    assert ax.lines[1].get_xdata() == [0.5] and ax.lines[2].get_xdata() == [0.3, 0.3]
+
+
+def test_film_case_and_gradients(sample):
+    image, mask = sample
+    axes = figures.plot_film(
+        image, {"map": {"0": torch.rand(24, 32)}, "labels": {"0": mask}}, {"map": ["IoU 3 %"]}
+    )
+    assert axes.shape == (2, 1) and axes[0, 0].get_xlabel() == "IoU 3 %" and len(axes[1, 0].images) == 1
+    axes = figures.plot_case(image, {"CAM": torch.rand(24, 32)}, mask > 0, histograms=True)
+    heights = sum(bar.get_height() for bar in axes[1, 1].patches)
+    assert axes.shape == (2, 2) and heights == pytest.approx(2)  # both sides add up to one
+    norms = pd.DataFrame({"decoder": [1.0, float("nan")]}, index=["seg", "cls"])
+    assert [text.get_text() for text in figures.plot_gradients(norms).texts] == ["1", "×"]
+    ax = figures.plot_arrows([[1, 0], [0, 2]], "ab", ["red", "blue"], plt.subplots()[1], "two")
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["a", "b"]

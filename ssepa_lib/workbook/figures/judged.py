@@ -243,7 +243,15 @@ def plot_arrows(
     for i, (vector, name, colour) in enumerate(zip(vectors, names, colours, strict=True)):
         x, y = np.array(vector, float) / np.linalg.norm(vector)
         ax.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
-        ax.text(1.12 * x, 1.12 * y + 0.16 * (i % 2), name, color=colour, ha="center", fontsize="x-small")
+        ax.text(
+            1.14 * x,
+            1.14 * y + 0.14 * (-1) ** i,
+            name,
+            color=colour,
+            ha="center",
+            va="center",
+            fontsize="x-small",
+        )
     ax.set(xlim=(-1.5, 1.5), ylim=(-1.4, 1.4), aspect="equal")
     ax.set_axis_off()
     ax.set_title(title, fontsize="small")
