@@ -11,7 +11,9 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import SegmentationDataset, eval_batches
@@ -166,16 +168,17 @@ def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset)
 def samples(
     dataset: SegmentationDataset, indices: Sequence[int], side: int
 ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-    """Some images to look at, resized to squares.
+    """Some images to look at, resized to squares as they are when they are measured.
 
     Returns:
         Images [n, 3, side, side] in 0..255, labels [n, C], and per image a mask uint8 [side, side], or None
         where one of them has no mask.
     """
-    items = [dataset[i] for i in indices]
-    images = [F.interpolate(item.image[None].float(), (side, side), mode="bilinear") for item in items]
-    masks = None if any(item.mask is None for item in items) else [_square(i.mask, side) for i in items]
-    return torch.cat(images), torch.stack([item.label for item in items]), masks
+    shown = [dataset.image(i).resize((side, side), Image.Resampling.BILINEAR) for i in indices]
+    images = torch.stack([pil_to_tensor(image).float() for image in shown])
+    masks = [dataset.mask(i) for i in indices]
+    squares = None if any(mask is None for mask in masks) else [_square(mask, side) for mask in masks]
+    return images, torch.stack([dataset.label(i) for i in indices]), squares
 
 
 def with_label(dataset: SegmentationDataset, first: int, count: int = 1) -> list[int]:
