@@ -77,6 +77,9 @@ def test_pairs_differ_in_the_background_alone(trained):
     scenes = [map_study._scenes("val", [0], [ground], 32) for ground in ("meadow", "brick")]
     (one, part), (other, same) = scenes
     assert torch.equal(part[0], same[0]) and not torch.equal(one, other)
+    single = int(pairs["index"].iloc[0])
+    home, foreign = map_study.scene_pair(single, 32)
+    assert not torch.equal(home, foreign) and home.shape == (3, 32, 32)
 
 
 def test_propagation_ends_in_a_constant_and_starts_with_the_map():
