@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands, so that help is fast.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.workbook.progress import counter, progress_writer
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="auto takes a GPU if there is one.")]
 TestTime = Literal["single", "ms", "ms_crf"]
@@ -55,7 +57,7 @@ def train(
     made = load_recipe(recipe, pairs(changes) | ({} if seed is None else {"train.seed": seed}))
     preset, *method = [Path(recipe).stem] if recipe.endswith((".yaml", ".yml")) else recipe.split("/")
     name = run or f"{'-'.join(method) or preset}-seed{made.train.seed}"
-    print(train(made, results_root() / preset / name, resume=not restart, on_step=print_row))
+    print(train(made, results_root() / preset / name, resume=not restart, on_step=follow(name)))
 
 
 def evaluate(
@@ -230,22 +232,17 @@ def pairs(items: Sequence[str]) -> dict[str, Any]:
     return dict(item.split("=", 1) for item in items)
 
 
-def counter(what: str, unit: str = "image") -> Callable[[int, int | None], None]:
-    """A progress callback (done, all) that shows a bar on a terminal and nothing elsewhere."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc=what, disable=None, unit=unit, unit_scale=unit == "B")
-
-    def progress(done: int, total: int | None) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return progress
+def follow(label: str) -> Callable[[Mapping[str, Any]], None]:
+    """The progress of a run: a bar on a terminal, otherwise a line per row of its history."""
+    return progress_writer(label) if sys.stderr.isatty() else print_row
 
 
 def print_row(row: Mapping[str, Any]) -> None:
     """One line per row of the training history."""
-    known = ("step", "steps", "lr", "seconds", "seconds_left")
+    if "loss" not in row:
+        print(f"already finished: {row['steps']} steps", flush=True)
+        return
+    known = ("step", "start", "steps", "lr", "seconds", "seconds_left")
     terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in known)
     print(f"step {row['step']}/{row['steps']}  {terms}  {row['seconds_left'] / 60:.1f} min left", flush=True)
 

@@ -1,13 +1,14 @@
 """Commands on notebooks, studies, tables and benchmarks; see `commands`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, create_mutex_group
 
-from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Run, TestTimes, counter, pairs, print_row
+from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Number, Run, TestTimes, follow, pairs
 from ssepa_lib.errors import UserError
+from ssepa_lib.workbook.progress import counter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +49,8 @@ def study(
     run_name: str = "",
     changes: Changes = (),
     device: Device = "auto",
+    processes: Number = None,
+    shard: Annotated[str, arg(metavar="I/N")] = "1/1",
 ) -> None:
     """Train and score several methods with the same seeds: mean, spread and paired differences.
 
@@ -60,25 +63,38 @@ def study(
         splits: Splits to score.
         steps: Length of each run; 0: what the recipe says.
         run_name: Added to the names of the folders.
+        processes: Worker processes; by default one per GPU, without a GPU one per CPU core.
+        shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
     """
-    from ssepa_lib.files import write_atomically, write_text
-    from ssepa_lib.workbook.study import preset_folder, run_study
+    from ssepa_lib.workbook import queue
+    from ssepa_lib.workbook.progress import StudyDisplay
+    from ssepa_lib.workbook.study import run_study, study_jobs
 
     if not methods:
         raise UserError("study needs one or more methods, for example: study shapes toco ssepa.")
-    runs = run_study(
-        preset,
-        methods,
-        seeds,
-        splits={split: {"test_time": test_time} for split in splits},
-        steps=steps,
-        device=device,
-        run_name=run_name,
-        arms={"": pairs(changes)},
-        progress=announce,
-    )
+    options = {"splits": {split: {"test_time": test_time} for split in splits}, "arms": {"": pairs(changes)}}
+    options |= {"steps": steps, "device": device, "run_name": run_name}
+    part = queue.parse_shard(shard)
+    jobs = study_jobs(preset, methods, seeds, **options)
+    own = queue.share(jobs, part).values()
+    display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
+    number = queue.number_of_workers(device) if processes is None else processes
+    with display.show():
+        runs = run_study(preset, methods, seeds, **options, report=display, processes=number, shard=part)
+    missing = len(jobs) - len(set(zip(runs["method"], runs["seed"], strict=True)) if len(runs) else ())
+    if missing:
+        print(f"Shard {shard} is done; {missing} of {len(jobs)} runs are still to come from the others.")
+        return
+    write_study(runs, preset, run_name, methods[0], seeds)
+
+
+def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:
+    """Write the tables of a study as CSV and Markdown, and print them."""
+    from ssepa_lib.files import write_atomically, write_text
+    from ssepa_lib.workbook.study import preset_folder
+
     path = preset_folder(preset) / "tables" / "-".join(filter(None, ("study", run_name)))
-    text = study_text(runs, methods[0], seeds)
+    text = study_text(runs, base, seeds)
     table = runs.drop(columns="settings")
     write_atomically(path.with_suffix(".csv"), lambda part: table.to_csv(part, index=False))
     write_text(path.with_suffix(".md"), f"{text}\n")
@@ -256,10 +272,4 @@ def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, se
     """
     from ssepa_lib.benchmarks.pretrain_shapes import pretrain
 
-    print(pretrain(out, steps=steps, seed=seed, on_step=print_row))
-
-
-def announce(label: str) -> Callable[[Mapping[str, Any]], None]:
-    """Say which run begins."""
-    print(label, flush=True)
-    return print_row
+    print(pretrain(out, steps=steps, seed=seed, on_step=follow("pretrain")))

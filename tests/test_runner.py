@@ -217,9 +217,9 @@ def test_a_run_tells_the_runner_where_it_is(tmp_path, monkeypatch):
     on_step = progress_writer("toco-seed0")
     display = Display(["03"], target)
     on_step({"step": 200, "steps": 300, "loss": 0.5, "seconds_left": 50.2, "lr": 1e-4})
-    assert display.training() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
+    assert display.line() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
     on_step({"step": 300, "steps": 300, "loss": 0.5, "seconds_left": 0.0})
-    assert display.training() == ""
+    assert display.line() == ""
 
 
 def test_headline_shows_every_run_with_its_setting(tmp_path):

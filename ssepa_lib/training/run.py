@@ -21,7 +21,7 @@ from torch import Tensor
 from ssepa_lib.compose import load_recipe, save_recipe
 from ssepa_lib.device import resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import read_json, write_atomically, write_json
+from ssepa_lib.files import FolderLock, read_json, write_atomically, write_json
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
 
@@ -179,6 +179,17 @@ def find_finished(recipe: Recipe, folder: Path) -> Path:
     """`folder`, unless a finished run beside it is of the same recipe."""
     beside = sorted(folder.parent.glob("*/")) if folder.parent.is_dir() else []
     return next((f for f in (folder, *beside) if RunFolder(f).is_finished(recipe)), folder)
+
+
+def find_run(recipe: Recipe, folder: Path) -> Path:
+    """`find_finished`, or a run of the same recipe beside `folder` that another process is training."""
+    found = find_finished(recipe, folder)
+    if RunFolder(found).is_finished(recipe):
+        return found
+    for run in map(RunFolder, sorted(folder.parent.glob("*/"))):
+        if FolderLock(run.path).taken and run.recipe_file.is_file() and run.recipe().hash() == recipe.hash():
+            return run.path
+    return folder
 
 
 def load_run(run_dir: Path | str, device: str = "auto") -> tuple[Network, Recipe]:

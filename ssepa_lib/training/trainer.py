@@ -158,7 +158,8 @@ def train(recipe: Recipe, run_dir: Path, *, resume: bool = True, on_step: OnStep
     Args:
         run_dir: the run folder, created if missing.
         resume: continue from `state.pt`; False starts again.
-        on_step: called after every logged row with {step, steps, loss, seconds_left, …}.
+        on_step: called after every logged row with {step, start, steps, loss, seconds_left, …}, where this
+            call began at step `start`; for a finished run once, without losses.
 
     Returns:
         `run_dir`. A finished run returns at once, and adopts what the recipe says of evaluation and folders.
@@ -170,6 +171,8 @@ def train(recipe: Recipe, run_dir: Path, *, resume: bool = True, on_step: OnStep
     folder = RunFolder(run_dir)
     if resume and folder.is_finished(recipe):
         folder.adopt_evaluation_settings(recipe)
+        if on_step:
+            on_step({"step": recipe.train.steps, "steps": recipe.train.steps, "seconds_left": 0.0})
         return folder.path
     rank, world, device = _launch(resolve_device(recipe.train.device))
     dataset = build_dataset(recipe.data, "train")
@@ -225,7 +228,7 @@ def _loop(
                 )
             if on_step:
                 left = (time.perf_counter() - began) / (done - start) * (recipe.train.steps - done)
-                on_step({**row, "steps": recipe.train.steps, "seconds_left": left})
+                on_step({**row, "start": start, "steps": recipe.train.steps, "seconds_left": left})
         if done % recipe.train.save_every == 0 or last:
             folder.save_state(trainer.state_dict())
 

@@ -11,8 +11,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ from typing import IO, Any
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import DATASETS, build_dataset
 from ssepa_lib.errors import UserError
-from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root
+from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root, variables_set
 from ssepa_lib.workbook.progress import PROGRESS, Display, clock
 from ssepa_lib.workbook.report import UNFINISHED, headline, write_report
 from ssepa_lib.workbook.study import preset_folder
@@ -151,21 +151,6 @@ def check_parameters(notebooks: Sequence[Notebook], given: Mapping[str, Any]) ->
     return values
 
 
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables that the kernels inherit, put back afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _engine(on_cell: Callable[[int, int], None], errors: IO[bytes]) -> str:
     """Register a papermill engine that reports the cell it runs and keeps the kernels' messages off the
     terminal."""
@@ -235,7 +220,7 @@ def _run_all(
     display = Display([n.name for n in chosen], scratch / "progress.json")
     failures: dict[str, str] = {}
     kernels = os.pathsep.join(filter(None, (str(scratch), os.environ.get("JUPYTER_PATH"))))
-    environment = _environment(JUPYTER_PATH=kernels, **{PROGRESS: str(display.progress)})
+    environment = variables_set(JUPYTER_PATH=kernels, **{PROGRESS: str(display.progress)})
     with environment, (scratch / "kernels.log").open("wb") as errors, display.show():
         engine = _engine(display.at_cell, errors)
         for notebook in chosen:
@@ -303,7 +288,7 @@ def run_workbook(
     variables = ["SSEPA_WEIGHTS", *(dataset.root_variable for dataset in DATASETS.values())]
     places = {name: str(Path(os.environ[name]).resolve()) for name in variables if os.environ.get(name)}
     began = time.time()
-    with tempfile.TemporaryDirectory() as scratch, _environment(SSEPA_RESULTS=str(root), **places):
+    with tempfile.TemporaryDirectory() as scratch, variables_set(SSEPA_RESULTS=str(root), **places):
         folder = preset_folder(preset, run_name)
         (folder / "notebooks").mkdir(exist_ok=True)
         failures = _run_all(chosen, values, folder / "notebooks", Path(scratch))
