@@ -59,11 +59,17 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """One setting per line, lists on one line."""
+    """One setting per line, lists on one line, texts with Unicode's line separators in double quotes."""
 
 
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
+)
+_Dumper.add_representer(  # PyYAML would write these three as line breaks and read them as blanks
+    str,
+    lambda dumper, data: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", data, '"' if set(data) & set("\x85\u2028\u2029") else None
+    ),
 )
 
 
