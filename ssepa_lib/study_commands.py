@@ -72,7 +72,7 @@ def study(
 
     if not methods:
         raise UserError("study needs one or more methods, for example: study shapes toco ssepa.")
-    options = {"splits": {split: {"test_time": test_time} for split in splits}, "arms": {"": pairs(changes)}}
+    options = {"splits": {split: {"test_time": test_time} for split in splits}, "changes": pairs(changes)}
     options |= {"steps": steps, "device": device, "run_name": run_name}
     part = queue.parse_shard(shard)
     jobs = study_jobs(preset, methods, seeds, **options)
