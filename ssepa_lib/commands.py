@@ -26,6 +26,7 @@ Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, for examp
 Folder = Annotated[Path, arg(metavar="FOLDER")]
 AnyFolder = Annotated[Path | None, arg(metavar="FOLDER")]
 Number = Annotated[int | None, arg(metavar="N")]
+Yes = Annotated[bool, arg(help="Do not ask before something that takes hours.")]
 Changes = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(name="set", metavar="KEY=VALUE", help="Change a setting, for example train.steps=500."),
@@ -39,6 +40,7 @@ def train(
     seed: Number = None,
     changes: Changes = (),
     restart: bool = False,
+    yes: Yes = False,
 ) -> None:
     """Train a recipe, or finish training it.
 
@@ -51,13 +53,19 @@ def train(
         restart: Throw away what the run folder holds.
     """
     from ssepa_lib.compose import load_recipe
+    from ssepa_lib.data import build_dataset
     from ssepa_lib.paths import results_root
     from ssepa_lib.training.trainer import train
+    from ssepa_lib.workbook.plan import confirm, plan
+    from ssepa_lib.workbook.queue import Job
 
     made = load_recipe(recipe, pairs(changes) | ({} if seed is None else {"train.seed": seed}))
     preset, *method = [Path(recipe).stem] if recipe.endswith((".yaml", ".yml")) else recipe.split("/")
     name = run or f"{'-'.join(method) or preset}-seed{made.train.seed}"
-    print(train(made, results_root() / preset / name, resume=not restart, on_step=follow(name)))
+    folder = results_root() / preset / name
+    build_dataset(made.data, "train")  # missing data is reported before the time
+    confirm(plan([Job(made, folder, {})]), yes)
+    print(train(made, folder, resume=not restart, on_step=follow(name)))
 
 
 def evaluate(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, create_mutex_group
 
-from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Number, Run, TestTimes, follow, pairs
+from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Number, Run, TestTimes, Yes, follow, pairs
 from ssepa_lib.errors import UserError
 from ssepa_lib.workbook.progress import counter
 
@@ -22,6 +22,7 @@ def workbook(
     only: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NN")] = (),
     start: Annotated[str | None, arg(name="from", metavar="NN")] = None,
     parameter: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["-p"], metavar="NAME=VALUE")] = (),
+    yes: Yes = False,
 ) -> int:
     """Run the notebooks headlessly and write the report.
 
@@ -35,7 +36,14 @@ def workbook(
     """
     from ssepa_lib.workbook.runner import run_workbook
 
-    return run_workbook(preset, list(only), start, pairs(parameter))
+    return run_workbook(preset, list(only), start, pairs(parameter), yes=yes)
+
+
+def notebook_parameters() -> str:
+    """What `-p` can set, for the help of `workbook`."""
+    from ssepa_lib.workbook.notebooks import describe_parameters, discover
+
+    return f"parameters of the notebooks, for -p NAME=VALUE:\n{describe_parameters(discover())}"
 
 
 def study(
@@ -51,6 +59,7 @@ def study(
     device: Device = "auto",
     processes: Number = None,
     shard: Annotated[str, arg(metavar="I/N")] = "1/1",
+    yes: Yes = False,
 ) -> None:
     """Train and score several methods with the same seeds: mean, spread and paired differences.
 
@@ -66,7 +75,9 @@ def study(
         processes: Worker processes; by default one per GPU, without a GPU one per CPU core.
         shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
     """
+    from ssepa_lib.data import build_dataset
     from ssepa_lib.workbook import queue
+    from ssepa_lib.workbook.plan import confirm, plan
     from ssepa_lib.workbook.progress import StudyDisplay
     from ssepa_lib.workbook.study import run_study, study_jobs
 
@@ -77,6 +88,8 @@ def study(
     part = queue.parse_shard(shard)
     jobs = study_jobs(preset, methods, seeds, **options)
     own = queue.share(jobs, part).values()
+    build_dataset(next(iter(jobs.values())).recipe.data, "train")  # missing data is reported before the time
+    confirm(plan(list(own)), yes)
     display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
     number = queue.number_of_workers(device) if processes is None else processes
     with display.show():

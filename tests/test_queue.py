@@ -1,4 +1,4 @@
-"""The queue of a study: shards, workers, runs that another process has claimed, and what is shown meanwhile."""
+"""The queue of a study: shards, workers, claimed runs, and what is shown meanwhile."""
 
 import subprocess
 import sys
@@ -110,7 +110,7 @@ def test_workers_do_all_jobs_and_report_a_failed_one(job_of, tmp_path):
 
 
 def test_a_run_that_another_process_has_claimed_waits_and_is_reused(job_of, monkeypatch):
-    """The other process trains it under another name; here other work is done first, then its run is taken."""
+    """Other work is done first; then the run is there under another name, and is taken."""
     monkeypatch.setattr(queue, "PAUSE", 0.05)
     claimed, free = job_of("toco"), job_of("ssepa")
     lock = FolderLock(claimed.folder.parent, f".{claimed.recipe.hash()}.lock")

@@ -6,9 +6,10 @@ import nbformat
 import pytest
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.workbook.notebooks import check_parameters, coerce, discover, select
 from ssepa_lib.workbook.progress import PROGRESS, Display, progress_writer
 from ssepa_lib.workbook.report import headline
-from ssepa_lib.workbook.runner import check_parameters, coerce, discover, run_workbook, select
+from ssepa_lib.workbook.runner import run_workbook
 
 DEFAULTS = 'preset = "shapes"\nsteps = 3\nlr = 1e-3\nquick = True\nseeds = [0, 1]'
 
