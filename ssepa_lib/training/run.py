@@ -74,6 +74,17 @@ class RunFolder:
             return False
         return self.recipe().hash() == recipe.hash()
 
+    def require(self, recipe: Recipe) -> None:
+        """Refuse a folder with a run of another recipe.
+
+        Raises:
+            UserError: it holds one.
+        """
+        if self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
+            raise UserError(
+                f"{self.path} holds a run of another recipe; choose another run name or remove it."
+            )
+
     def prepare(self, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
         """Create the folder, or read the state to resume from.
 
@@ -89,10 +100,7 @@ class RunFolder:
             for file in (self.state, self.weights, self.history, self.metrics):
                 file.unlink(missing_ok=True)
         elif self.recipe_file.is_file():
-            if self.recipe().hash() != recipe.hash():
-                raise UserError(
-                    f"{self.path} holds a run of another recipe; choose another run name or remove it."
-                )
+            self.require(recipe)
         elif self.weights.is_file():
             raise UserError(
                 f"{self.path} holds weights but no recipe.yaml; restore that file or move the folder away."

@@ -137,8 +137,14 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def check_parameters(notebooks: Sequence[Notebook], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def check_parameters(
+    notebooks: Sequence[Notebook], given: Mapping[str, Any], others: Sequence[Notebook] = ()
+) -> dict[str, dict[str, Any]]:
     """What to inject into each notebook, name of the notebook → its parameters.
+
+    Args:
+        notebooks: those that are selected.
+        others: further notebooks, in which an unknown parameter is looked for.
 
     Raises:
         UserError: a name that no selected notebook knows, or a wrong type.
@@ -146,6 +152,12 @@ def check_parameters(notebooks: Sequence[Notebook], given: Mapping[str, Any]) ->
     known = sorted({name for notebook in notebooks for name in notebook.parameters})
     for name in given:
         if name not in known:
+            owners = [each.name for each in others if name in each.parameters]
+            if owners:
+                raise UserError(
+                    f"parameter '{name}' belongs to {', '.join(owners)}, not to "
+                    f"{', '.join(each.name for each in notebooks)}; drop it or select another notebook."
+                )
             choices = ", ".join(known)
             raise UserError(f"no selected notebook has a parameter '{name}'; choose among {choices}.")
     values = {}

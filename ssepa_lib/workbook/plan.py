@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ssepa_lib.device import autocast, describe_device, resolve_device
+from ssepa_lib.device import autocast, describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.recipe import Recipe
@@ -26,8 +26,9 @@ from ssepa_lib.workbook.queue import Job
 from ssepa_lib.workbook.study import study_jobs
 
 LONG = 30 * 60  # seconds of training from which a call of the notebooks has to be confirmed
-FULL = 6 * 3600  # seconds from which a run without a GPU has to be confirmed
-SHARE = {"cpu": 0.2, "cuda": 0.05}  # of the speed of matrix products that a training step reaches
+FULL = 12 * 3600  # seconds from which a run without a GPU has to be confirmed
+SHARE = {("cpu", "fp32"): 0.4, ("cpu", "bf16"): 0.15}  # of the speed of matrix products that a step reaches
+GPU_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,23 @@ def _passes(recipe: Recipe) -> Iterable[tuple[float, int]]:
 
 
 def seconds_per_step(recipe: Recipe, cost: Cost) -> float:
-    """The expected time of a step here: `cost.flops` at a share of the speed of matrix products."""
+    """The expected time of a step here: `cost.flops` at a share of the speed of matrix products.
+
+    On a CPU the product is timed by the clock of this process, so that a busy machine changes little.
+    """
     device = resolve_device(recipe.train.device)
-    tokens, width = cost.shape
+    on_cpu, tokens, width = device.type == "cpu", *cost.shape
     a, b = torch.ones(tokens, width, device=device), torch.ones(width, 4 * width, device=device)
+    clock = time.process_time if on_cpu else time.perf_counter
     best = float("inf")
     with autocast(recipe.train.precision, device):
         for _ in range(4):
-            began = time.perf_counter()
-            product = a @ b
-            product[0, 0].item()  # waits for a GPU
-            best = min(best, time.perf_counter() - began)
-    return cost.flops / (SHARE[device.type] * 2 * tokens * width * 4 * width / best)
+            began = clock()
+            (a @ b)[0, 0].item()  # waits for a GPU
+            best = min(best, clock() - began)
+    speed = 8 * tokens * width**2 / max(best, 1e-6) * (torch.get_num_threads() if on_cpu else 1)
+    share = SHARE["cpu", precision(recipe.train.precision, device)] if on_cpu else GPU_SHARE
+    return cost.flops / (share * speed)
 
 
 def _kind(recipe: Recipe) -> str:
@@ -128,7 +134,9 @@ def _measured(folder: Path) -> dict[str, float]:
 
 def plan(jobs: Sequence[Job]) -> list[Planned]:
     """Every run of the jobs once, with its expected time and disk."""
-    recipes = {job.recipe.hash(): job for job in jobs}
+    recipes: dict[str, Job] = {}
+    for job in jobs:
+        recipes.setdefault(job.recipe.hash(), job)
     measured = {folder: _measured(folder) for folder in {job.folder.parent for job in jobs}}
     estimated: dict[str, float] = {}
     planned = []
@@ -191,7 +199,7 @@ def confirm(planned: Sequence[Planned], yes: bool, limit: float = float("inf")) 
         name, one = slow[0].job.recipe.name, duration(slow[0].seconds)
         said = f"without a GPU, {name} would take about {one} on this machine"
         if slow[0].job.recipe.data.name == "voc":
-            said += "; the small recipe voc_mini takes minutes"
+            said += "; voc_mini is a small recipe for a CPU"
     if sys.stdin.isatty() and sys.stdout.isatty():
         if input(f"{said[0].upper()}{said[1:]}. Start? [y/N] ").strip().lower() in ("y", "yes"):
             return

@@ -16,6 +16,7 @@ from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import DATASETS, build_dataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root, variables_set
+from ssepa_lib.training.run import RunFolder
 from ssepa_lib.workbook.notebooks import Notebook, check_parameters, discover, select
 from ssepa_lib.workbook.plan import LONG, confirm, describe, notebook_jobs, plan
 from ssepa_lib.workbook.progress import PROGRESS, Display, clock
@@ -120,12 +121,13 @@ def _check(
         raise UserError("the preset is no notebook parameter of -p; write --preset NAME instead.")
     if preset not in presets:
         raise UserError(f"preset '{preset}' is unknown; choose one of {', '.join(presets)}.")
-    chosen = select(discover(notebooks), only, start)
+    everything = discover(notebooks)
+    chosen = select(everything, only, start)
     if not chosen:
         raise UserError(
             f"none of --only {' '.join(only)} comes at or after --from {start}; drop one of the two."
         )
-    values = check_parameters(chosen, {**parameters, "preset": preset})
+    values = check_parameters(chosen, {**parameters, "preset": preset}, everything)
     overrides = next((given["overrides"] for given in values.values() if "overrides" in given), {})
     build_dataset(load_recipe(f"{preset}/toco", overrides).data, "val")  # missing data is reported here
     return chosen, values
@@ -136,6 +138,9 @@ def _announce(chosen: Sequence[Notebook], values: Mapping[str, dict], yes: bool)
     jobs = [job for each in chosen for job in notebook_jobs(each.trains, each.parameters | values[each.name])]
     if jobs:
         planned = plan(jobs)
+        for each in planned:
+            if each.source != "finished":
+                RunFolder(each.job.folder).require(each.job.recipe)
         print(
             f"Notebooks: {', '.join(each.name for each in chosen)}\nRuns:\n{describe(planned)}\n", flush=True
         )
