@@ -53,6 +53,7 @@ def study(
     seeds: tuple[int, ...] = (0, 1, 2),
     splits: tuple[str, ...] = ("val", "train"),
     steps: int = 0,
+    size: Number = None,
     test_time: TestTimes = ("single",),
     run_name: str = "",
     changes: Changes = (),
@@ -71,6 +72,7 @@ def study(
         seeds: Seeds.
         splits: Splits to score.
         steps: Length of each run; 0: what the recipe says.
+        size: Side to which images are resized for scoring, as in evaluate.
         run_name: Added to the names of the folders.
         processes: Worker processes; by default one per GPU, without a GPU one per CPU core.
         shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
@@ -81,9 +83,14 @@ def study(
     from ssepa_lib.workbook.progress import StudyDisplay
     from ssepa_lib.workbook.study import run_study, study_jobs
 
-    if not methods:
-        raise UserError("study needs one or more methods, for example: study shapes toco ssepa.")
-    options = {"splits": {split: {"test_time": test_time} for split in splits}, "changes": pairs(changes)}
+    if not (methods and seeds and splits):
+        raise UserError(
+            "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
+        )
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes is {processes}; it must be 1 or more.")
+    scoring = {"test_time": test_time, "size": size}
+    options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
     options |= {"steps": steps, "device": device, "run_name": run_name}
     part = queue.parse_shard(shard)
     jobs = study_jobs(preset, methods, seeds, **options)
