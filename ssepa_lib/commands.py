@@ -195,7 +195,7 @@ def data(
     if what != "verify":
         if name:
             raise UserError(f"'{name}' belongs to data verify; write data {what} without it.")
-        print(prepare(what, root, counter(what, "B")).message)
+        print(prepare(what, root, counter(what, "image" if what == "coco" else "B")).message)
         return 0
     results = [verify(each, root) for each in ([name] if name else preparable())]
     for result in results:

@@ -216,6 +216,7 @@ def test_study_writes_its_tables(run, tiny, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("ssepa_lib.workbook.study.recipe_for", tiny_recipe)
     options = ["--seeds", "0", "1", "--splits", "val", "--device", "cpu", "--set", "train.steps=2"]
+    options += ["--processes", "1"]
     assert main(["study", "shapes", "toco", "ssepa", "--run-name", "try", *options]) == 0
     out = capsys.readouterr().out
     assert "## val: mIoU, %" in out and "## val: difference from toco" in out and "toco-try-seed1" in out

@@ -39,7 +39,7 @@ def progress_writer(label: str) -> Callable[[Mapping[str, Any]], None]:
         else:
             bar = bar or _bar(label, unit="step", initial=row.get("start", 0))
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            _move(bar, row["step"], row["steps"])
+            bar = _move(bar, row["step"], row["steps"])
 
     return on_step
 
@@ -59,7 +59,7 @@ def counter(label: str, unit: str = "image") -> Callable[[int, int | None], None
             return
         hidden = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         bar = bar or _bar(label, unit=unit, unit_scale=unit == "B", disable=hidden)
-        _move(bar, done, total)
+        bar = _move(bar, done, total)
 
     return progress
 
@@ -96,11 +96,14 @@ def _bar(label: str, **options: Any) -> Any:
     return tqdm(desc=label, **options)
 
 
-def _move(bar: Any, done: int, total: int | None) -> None:
+def _move(bar: Any, done: int, total: int | None) -> Any:
+    """Move a bar; None when it has come to its end, after which another one may begin."""
     bar.total = total
     bar.update(done - bar.n)
-    if done == total:
-        bar.close()
+    if done != total:
+        return bar
+    bar.close()
+    return None
 
 
 def clock(seconds: float) -> str:
