@@ -221,6 +221,11 @@ def test_a_run_tells_the_runner_where_it_is(tmp_path, monkeypatch):
     assert display.line() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
     on_step({"step": 300, "steps": 300, "loss": 0.5, "seconds_left": 0.0})
     assert display.line() == ""
+    scoring = counter("toco-seed0, val")
+    scoring(50, 200)
+    assert re.fullmatch(r"toco-seed0, val: image 50/200, \d+:\d\d left", display.line())
+    scoring(200, 200)
+    assert display.line() == ""
 
 
 def test_headline_shows_every_run_with_its_setting(tmp_path):
