@@ -1,13 +1,14 @@
 """The runner on tiny notebooks: selection, checks before anything runs, order, failures, products."""
 
 import json
+import re
 
 import nbformat
 import pytest
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.workbook.notebooks import check_parameters, coerce, discover, select
-from ssepa_lib.workbook.progress import PROGRESS, Display, progress_writer
+from ssepa_lib.workbook.progress import PROGRESS, Display, counter, progress_writer
 from ssepa_lib.workbook.report import headline
 from ssepa_lib.workbook.runner import run_workbook
 
