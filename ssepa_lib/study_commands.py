@@ -1,8 +1,8 @@
 """Commands on notebooks, studies, tables and benchmarks; see `commands`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, create_mutex_group
 
@@ -77,35 +77,47 @@ def study(
         processes: Worker processes; by default one per GPU, without a GPU one per CPU core.
         shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
     """
+    if not (methods and seeds and splits):
+        raise UserError(
+            "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
+        )
+    scoring = {"test_time": test_time, "size": size}
+    options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
+    options |= {"steps": steps, "device": device, "run_name": run_name}
+    runs, missing = _queue((preset, methods, seeds), options, processes, shard, yes)
+    if missing:
+        print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
+    else:
+        write_study(runs, preset, run_name, methods[0], seeds)
+
+
+def _queue(
+    what: tuple[str, Sequence[str], Sequence[int]],
+    options: Mapping[str, Any],
+    processes: int | None,
+    shard: str,
+    yes: bool,
+) -> tuple["pd.DataFrame", int]:
+    """The rows of a study after this shard of it, and how many runs are still missing."""
     from ssepa_lib.data import build_dataset
     from ssepa_lib.workbook import queue
     from ssepa_lib.workbook.plan import confirm, plan
     from ssepa_lib.workbook.progress import StudyDisplay
     from ssepa_lib.workbook.study import run_study, study_jobs
 
-    if not (methods and seeds and splits):
-        raise UserError(
-            "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
-        )
-    if processes is not None and processes < 1:
-        raise UserError(f"--processes is {processes}; it must be 1 or more.")
-    scoring = {"test_time": test_time, "size": size}
-    options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
-    options |= {"steps": steps, "device": device, "run_name": run_name}
+    number = queue.number_of_workers(options["device"]) if processes is None else processes
+    if number < 1:
+        raise UserError(f"--processes is {number}; it must be 1 or more.")
     part = queue.parse_shard(shard)
-    jobs = study_jobs(preset, methods, seeds, **options)
+    jobs = study_jobs(*what, **options)
     own = queue.share(jobs, part).values()
     build_dataset(next(iter(jobs.values())).recipe.data, "train")  # missing data is reported before the time
     confirm(plan(list(own)), yes)
     display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
-    number = queue.number_of_workers(device) if processes is None else processes
     with display.show():
-        runs = run_study(preset, methods, seeds, **options, report=display, processes=number, shard=part)
-    missing = len(jobs) - len(set(zip(runs["method"], runs["seed"], strict=True)) if len(runs) else ())
-    if missing:
-        print(f"Shard {shard} is done; {missing} of {len(jobs)} runs are still to come from the others.")
-        return
-    write_study(runs, preset, run_name, methods[0], seeds)
+        runs = run_study(*what, **options, report=display, processes=number, shard=part)
+    done = set(zip(runs["method"], runs["seed"], strict=True)) if len(runs) else set()
+    return runs, len(jobs) - len(done)
 
 
 def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:

@@ -62,7 +62,7 @@ class Planned:
 
 
 def step_cost(recipe: Recipe) -> Cost:
-    """The cost of a training step; the passes are those of the table in `methods/step.py`."""
+    """The cost of one step; the passes are those of the table in `methods/step.py`."""
     with torch.device("meta"):
         encoder = Backbone(replace(recipe.model, weights="none"))
     matrices = sum(p.numel() for p in encoder.vit.blocks.parameters() if p.ndim == 2)
