@@ -6,6 +6,7 @@ Settings that have been renamed are still understood, wherever they come from.
 """
 
 import difflib
+import itertools
 import logging
 import re
 from collections.abc import Mapping
@@ -146,13 +147,23 @@ def explain(key: str) -> str:
 
 
 def list_parts() -> str:
-    """The parts of which recipes are made, each with the first line of its file."""
+    """The parts of which recipes are made, each with the first sentence of its file."""
     lines = []
     for kind in KINDS:
         lines.append(f"{kind}:")
         for path in sorted((RECIPES / kind).glob("*.yaml")):
-            lines.append(f"  {path.stem:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            lines.append(f"  {path.stem:20} {_first_sentence(path.read_text(encoding='utf-8'))}")
     return "\n".join(lines)
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment at the top of a file; a full stop before a capital ends it."""
+    comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(_is_comment, text.splitlines()))
+    return re.split(r"(?<=\.) (?=[A-Z])", comment)[0]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 def _files(name: str) -> list[Path]:
