@@ -133,6 +133,8 @@ class AffinityConfig(Section, key="affinity"):
     """Weight of that term in the total loss."""
     haaf_lr: Annotated[float, Field(ge=0, le=100)] = 5e-3
     """Learning rate of HAAF's MLP."""
+    haaf_prior: Weight = 0.0
+    """Weight, within that term, of the Kullback-Leibler divergence of the weights from equal weights."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
     """How many times the affinity is applied to a map (paper: once)."""
     balance: bool = False
@@ -155,6 +157,10 @@ class AffinityConfig(Section, key="affinity"):
             raise UserError(
                 f"affinity.haaf_objective '{self.haaf_objective}' needs affinity.kind haaf: only haaf learns "
                 "from it."
+            )
+        if self.haaf_prior > 0 and self.haaf_objective == "none":
+            raise UserError(
+                "affinity.haaf_prior needs an objective; set affinity.haaf_objective, or the prior to 0."
             )
         for name in ("balance", "deflate"):
             if getattr(self, name) and self.kind in ("none", "learned"):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ssepa_lib.workbook import figures
@@ -217,3 +218,76 @@ def test_saved_figures_stay_small(tmp_path):
     with Image.open(path) as image:
         assert image.format == "PNG" and image.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
     assert [p.name for p in path.parent.iterdir()] == ["noise.png"]
+
+
+def test_maps_with_their_shares_and_landmarks():
+    image, map = np.zeros((3, 8, 8)), np.eye(2)
+    shares = {"CAM": np.array([0.7, 0.2, 0.1]), "refined": np.array([np.nan] * 3)}
+    marks = {"Head": 0, "Body": 1, "Ground": 3}
+    maps = {"CAM": map, "refined": map}
+    axes = figures.plot_maps_with_shares(image, maps, shares, landmarks=marks, grid=(2, 2))
+    assert axes.shape == (2, 3) and [ax.get_title() for ax in axes[0]] == ["image", "CAM", "refined"]
+    assert [bar.get_width() for bar in axes[1, 1].patches] == pytest.approx([70, 20, 10])
+    assert "–" in [text.get_text() for text in axes[1, 2].texts]
+    frames = [p for p in axes[0, 0].patches if p.get_edgecolor()[:3] == to_rgb(figures.LANDMARKS["Ground"])]
+    assert len(frames) == 1 and frames[0].get_xy() == (3.5, 3.5)
+    curtain = figures.plot_maps_with_shares(image, maps | {"mask": None}, shares)
+    assert [t.get_text() for t in curtain[0, 3].texts] == ["?"] and curtain[1, 3] not in curtain[
+        0, 0
+    ].figure.axes
+    assert figures.plot_maps_with_shares(image, maps).shape == (1, 3)
+
+
+def test_landmark_rows_name_their_landmarks():
+    row = np.linspace(0, 1, 4)
+    rows = {"mean": {"Head": row, "Body": row}, "HAAF": {"Head": row, "Body": row}}
+    axes = figures.plot_landmark_rows(np.zeros((3, 8, 8)), rows, {"Head": 0, "Body": 1}, (2, 2))
+    assert axes.shape == (2, 2) and [ax.get_ylabel() for ax in axes[:, 0]] == ["Head", "Body"]
+    assert axes[0, 1].get_title() == "HAAF" and axes[1, 1].get_title() == ""
+
+
+def test_ranked_bars_are_sorted():
+    ax = figures.plot_ranked({"a": 1.0, "b": 3.0}, "mIoU, %", ["a"])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
+    assert [bar.get_width() for bar in ax.patches] == [3, 1]
+
+
+def test_a_worse_panel_is_framed_and_the_mass_adds_up(sample):
+    image, mask = sample
+    maps = {"CAM": [torch.zeros(6, 8)], "refined": [torch.ones(6, 8)]}
+    ious, shares = {"CAM": [40.0], "refined": [30.0]}, {name: [[0.5, 0.3, 0.2]] for name in maps}
+    axes = figures.plot_judged_grid([image], [mask], maps, ious, shares, CLASSES, ["square"], "CAM")
+    assert [len(ax.patches) for ax in axes[0]] == [0, 0, 0, 1]
+    assert axes[0, 3].get_xlabel() == "IoU 30 %" and axes[0, 3].xaxis.label.get_color() != "black"
+    (bar,) = axes[0, 3].child_axes
+    assert sum(part.get_width() for part in bar.patches) == pytest.approx(1)
+
+
+def test_better_and_not_better_are_counted():
+    ious = pd.DataFrame({"CAM": [10.0, 20, 30], "a": [20.0, 20, 10]})
+    (ax,) = figures.plot_better_or_worse(ious, "CAM")
+    assert ax.get_title() == "a\nbetter in 1 of 3"
+    assert [len(dots.get_offsets()) for dots in ax.collections] == [1, 2]
+
+
+def test_mass_and_thresholds(sample):
+    ax = figures.plot_mass(pd.DataFrame({"head": [0.2], "body": [0.3], "ground": [0.5]}, index=["CAM"]))
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([20, 30, 50])
+    curves = pd.DataFrame({"CAM": [10.0, 20, 5]}, index=[0.3, 0.5, 0.7])
+    ax = figures.plot_threshold_curves(curves, 0.3)
+    assert ax.lines[1].get_xdata() == [0.5] and ax.lines[2].get_xdata() == [0.3, 0.3]
+
+
+def test_film_case_and_gradients(sample):
+    image, mask = sample
+    axes = figures.plot_film(
+        image, {"map": {"0": torch.rand(24, 32)}, "labels": {"0": mask}}, {"map": ["IoU 3 %"]}
+    )
+    assert axes.shape == (2, 1) and axes[0, 0].get_xlabel() == "IoU 3 %" and len(axes[1, 0].images) == 1
+    axes = figures.plot_case(image, {"CAM": torch.rand(24, 32)}, mask > 0, histograms=True)
+    heights = sum(bar.get_height() for bar in axes[1, 1].patches)
+    assert axes.shape == (2, 2) and heights == pytest.approx(2)  # both sides add up to one
+    norms = pd.DataFrame({"decoder": [1.0, float("nan")]}, index=["seg", "cls"])
+    assert [text.get_text() for text in figures.plot_gradients(norms).texts] == ["1", "×"]
+    ax = figures.plot_arrows([[1, 0], [0, 2]], "ab", ["red", "blue"], plt.subplots()[1], "two")
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["a", "b"]

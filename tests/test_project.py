@@ -14,7 +14,7 @@ import yaml
 from ssepa_lib import private_api
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
-from ssepa_lib.workbook.runner import discover
+from ssepa_lib.workbook.notebooks import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -48,7 +48,7 @@ def test_what_the_library_imports_is_what_it_declares():
         "lightning_fabric": "lightning-fabric",
         "lightning": "lightning-fabric",
     }
-    brought = {"nbformat", "ipykernel", "nbclient"}  # by papermill and jupyterlab
+    brought = {"nbformat", "ipykernel", "nbclient", "IPython", "traitlets"}  # by papermill and jupyterlab
     needed = {distribution.get(root, root) for root in roots} - brought
     listed = [*pyproject["dependencies"], *pyproject["optional-dependencies"]["crf"]]
     assert needed <= {re.match(r"[\w-]+", line)[0] for line in listed}

@@ -1,6 +1,5 @@
 """Suites over single parts: refinement (PAR), masked views, dense energy, loading and the dense CRF."""
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from ssepa_lib.benchmarks.setup import Setup
 from ssepa_lib.data import IGNORE, train_loader
 from ssepa_lib.data.images import classes_in
 from ssepa_lib.data.voc import VOC_CLASSES
+from ssepa_lib.device import cores
 from ssepa_lib.evaluation.memory import peak_memory
 from ssepa_lib.labels import PseudoLabeler
 from ssepa_lib.labels.crf import crf_available, crf_pool
@@ -188,19 +188,19 @@ def crf(setup: Setup) -> Iterator[Row]:
     """Dense CRF over images by worker processes."""
     if not crf_available():
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count, side, classes = (4, 64, 4) if setup.quick else (48 * cores, 320, 6)
+    number = cores()
+    count, side, classes = (4, 64, 4) if setup.quick else (48 * number, 320, 6)
     images, random = setup.images(min(count, 4), side)[0].cpu(), np.random.default_rng(0)
     probabilities = random.dirichlet(np.ones(classes), (side, side)).transpose(2, 0, 1).astype(np.float32)
     jobs = [(images[i % len(images)].permute(1, 2, 0).numpy().copy(), probabilities, i) for i in range(count)]
-    runs = {"all": lambda: list(crf_pool(jobs, cores)), "one": lambda: list(crf_pool(jobs, 1))}
+    runs = {"all": lambda: list(crf_pool(jobs, number)), "one": lambda: list(crf_pool(jobs, 1))}
     seconds = interleaved(runs, Setup(setup.device, True, seconds=0))
     yield time_row(
         "crf",
-        f"CRF by {cores} processes",
+        f"CRF by {number} processes",
         f"{count} images, {side}², {classes} classes",
         seconds["all"],
         seconds["one"],
-        target=setup.target(f"≥ {0.8 * cores:.1f}") if cores > 1 else "",
+        target=setup.target(f"≥ {0.8 * number:.1f}") if number > 1 else "",
         note="start of the processes included",
     )

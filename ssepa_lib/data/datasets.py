@@ -132,6 +132,10 @@ class SegmentationDataset(Dataset):
         """Image-level label, multi-hot float [C]; no image is decoded for it."""
         raise NotImplementedError
 
+    def parts(self, i: int) -> Tensor | None:
+        """Parts of the objects uint8 [H, W], 1 head, 2 body, 0 background; None where they are not known."""
+        return None
+
     @property
     def palette(self) -> list[tuple[int, int, int]]:
         """RGB colour of each of the 256 ids."""
@@ -281,7 +285,7 @@ def prepare(name: str, root: Path | None = None, progress: Progress | None = Non
     Args:
         name: one of `preparable()`.
         root: folder of the data; default: the dataset's environment variable or default folder.
-        progress: called with (bytes so far, bytes in all or None) while something is downloaded.
+        progress: called with (done, all or None): bytes downloaded or unpacked, or images converted.
 
     Raises:
         UserError: another name, no host answers, or files that are damaged or in the way.

@@ -26,7 +26,23 @@ OUTPUT_NAMES = {
     "segmentation_ms_crf": "segmentation, MS + CRF",
 }  # output in metrics.json → what a figure or a table calls it
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend to the right of its axes
+CLASS_COLOURS = (
+    "#e69f00",
+    "#56b4e9",
+    "#009e73",
+    "#f0e442",
+    "#0072b2",
+    "#d55e00",
+    "#cc79a7",
+    "#999999",
+)  # told apart by colour-blind readers (Okabe and Ito, 2008), and bright enough on black
 MARKED = (("black", 2.0), ("#00e5ff", 1.0))  # colours and relative widths of a frame seen on any image
+
+LANDMARKS = {
+    "Head": "#de8f05",
+    "Body": "#0173b2",
+    "Ground": "#029e73",
+}  # patches and parts, colour-blind safe
 
 
 def use_style() -> None:
