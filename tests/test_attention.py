@@ -14,12 +14,16 @@ from ssepa_lib.evaluation.attention import (
     class_attention,
     deep_layers,
     deep_summary,
+    head_disagreement,
     head_similarity,
     layer_maps,
+    layer_tokens,
     map_statistics,
     noise_robustness,
+    object_share,
     patch_distances,
     relative_changes,
+    token_similarity,
 )
 from ssepa_lib.model import Attention, Network, PatchAffinity
 
@@ -190,3 +194,38 @@ def test_noise_reaches_the_map_through_the_softmax():
     generator = torch.Generator().manual_seed(3)
     found = noise_robustness(logits, cam, 0.5, num_prefix_tokens=0, generator=generator)
     assert found == pytest.approx(dict.fromkeys(found, expected))
+
+
+def test_tokens_that_are_alike_orthogonal_and_opposite():
+    assert token_similarity(torch.tensor([[2.0, 0], [5.0, 0]])).item() == pytest.approx(1)
+    assert token_similarity(torch.eye(3)).item() == pytest.approx(0)
+    assert token_similarity(torch.tensor([[1.0, 0], [-1.0, 0], [1.0, 0]])).item() == pytest.approx(-1 / 3)
+    assert token_similarity(torch.ones(1, 4)).isnan()
+
+
+def test_tokens_of_every_layer_end_in_those_of_the_network():
+    net = network()
+    net.train()
+    image = torch.rand(2, 3, 32, 32) * 255
+    tokens = layer_tokens(net, image)
+    assert tokens.shape == (3, 2, 16, 24) and net.training
+    with torch.no_grad():
+        out = net.eval().backbone(image)
+    torch.testing.assert_close(net.backbone.vit.norm(tokens[-1]), out.patches)
+    torch.testing.assert_close(tokens[net.backbone.aux_block], out.aux)
+    assert not any(block._forward_hooks for block in net.backbone.vit.blocks), "hooks are released"
+
+
+def test_object_share_by_hand():
+    attention = torch.tensor([[0.4, 0.4, 0.0], [0.1, 0.3, 0.4], [0.2, 0.2, 0.2]])
+    share = object_share(attention, torch.tensor([1, 1, 0]))
+    assert share.item() == pytest.approx((1 + 0.5) / 2)
+    two = object_share(torch.full((2, 3, 3), 1 / 3), torch.tensor([1, 2, 0]))
+    assert two.tolist() == pytest.approx([1 / 3, 1 / 3]), "another object is outside"
+    assert object_share(attention, torch.zeros(3, dtype=torch.long)).isnan()
+
+
+def test_heads_disagree_by_log_2_when_two_look_at_different_keys():
+    one_hot = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # [H, T, keys]
+    assert head_disagreement(one_hot).item() == pytest.approx(math.log(2))
+    assert head_disagreement(torch.full((3, 2, 4, 4), 0.25)).tolist() == pytest.approx([0, 0, 0], abs=1e-6)

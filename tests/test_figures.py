@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ssepa_lib.workbook import figures
@@ -217,3 +218,35 @@ def test_saved_figures_stay_small(tmp_path):
     with Image.open(path) as image:
         assert image.format == "PNG" and image.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
     assert [p.name for p in path.parent.iterdir()] == ["noise.png"]
+
+
+def test_maps_with_their_shares_and_landmarks():
+    image, map = np.zeros((3, 8, 8)), np.eye(2)
+    shares = {"CAM": np.array([0.7, 0.2, 0.1]), "refined": np.array([np.nan] * 3)}
+    marks = {"Head": 0, "Body": 1, "Ground": 3}
+    maps = {"CAM": map, "refined": map}
+    axes = figures.plot_maps_with_shares(image, maps, shares, landmarks=marks, grid=(2, 2))
+    assert axes.shape == (2, 3) and [ax.get_title() for ax in axes[0]] == ["image", "CAM", "refined"]
+    assert [bar.get_width() for bar in axes[1, 1].patches] == pytest.approx([70, 20, 10])
+    assert "–" in [text.get_text() for text in axes[1, 2].texts]
+    frames = [p for p in axes[0, 0].patches if p.get_edgecolor()[:3] == to_rgb(figures.LANDMARKS["Ground"])]
+    assert len(frames) == 1 and frames[0].get_xy() == (3.5, 3.5)
+    curtain = figures.plot_maps_with_shares(image, maps | {"mask": None}, shares)
+    assert [t.get_text() for t in curtain[0, 3].texts] == ["?"] and curtain[1, 3] not in curtain[
+        0, 0
+    ].figure.axes
+    assert figures.plot_maps_with_shares(image, maps).shape == (1, 3)
+
+
+def test_landmark_rows_name_their_landmarks():
+    row = np.linspace(0, 1, 4)
+    rows = {"mean": {"Head": row, "Body": row}, "HAAF": {"Head": row, "Body": row}}
+    axes = figures.plot_landmark_rows(np.zeros((3, 8, 8)), rows, {"Head": 0, "Body": 1}, (2, 2))
+    assert axes.shape == (2, 2) and [ax.get_ylabel() for ax in axes[:, 0]] == ["Head", "Body"]
+    assert axes[0, 1].get_title() == "HAAF" and axes[1, 1].get_title() == ""
+
+
+def test_ranked_bars_are_sorted():
+    ax = figures.plot_ranked({"a": 1.0, "b": 3.0}, "mIoU, %", ["a"])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
+    assert [bar.get_width() for bar in ax.patches] == [3, 1]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.labels import Refiner, build_refiner, multi_scale_cam
+from ssepa_lib.labels import MatrixRefiner, Refiner, build_refiner, multi_scale_cam
 from ssepa_lib.model import LayerWeights, PatchAffinity, build_network
-from ssepa_lib.recipe import AffinityConfig
+from ssepa_lib.recipe import AffinityConfig, CamConfig
 
 CLASSES = ("ant", "bee", "cat", "dog")
 DEPTH = 4
@@ -122,3 +122,15 @@ def test_a_wrong_number_of_layer_weights_is_one_sentence(output, number):
 def test_layer_weights_are_saved_and_never_trained():
     weights = LayerWeights([0.5, 1.5])
     assert not list(weights.parameters()) and weights.state_dict()["weights"].tolist() == [0.5, 1.5]
+
+
+def test_a_refiner_of_any_matrix(network, output):
+    maps = torch.rand(2, 3, *output.grid)
+    same = MatrixRefiner(AffinityConfig(kind="mean"), matrix=lambda a: PatchAffinity(a).dense())
+    mean = Refiner(AffinityConfig(kind="mean"))
+    torch.testing.assert_close(same(output.attention, maps), mean(output.attention, maps))
+    still = MatrixRefiner(AffinityConfig(kind="mean"), matrix=lambda a: torch.eye(a.patches)[None])
+    assert torch.equal(still(output.attention, maps), maps)
+    image, label = torch.rand(2, 3, 32, 32) * 255, torch.eye(4)[:2]
+    cams = multi_scale_cam(network, image, label, CamConfig(scales=[1.0], flip=False), still)
+    assert cams.refined.shape == (2, 4, 32, 32) and cams.refined.max() <= 1

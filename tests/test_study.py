@@ -5,6 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from toy_network import TwoImages
 
 from ssepa_lib.cli import main
 from ssepa_lib.data import split_of
@@ -15,7 +16,7 @@ from ssepa_lib.model import LayerWeights
 from ssepa_lib.training import load_run
 from ssepa_lib.workbook import haaf_study, study
 from ssepa_lib.workbook.published import table_3
-from ssepa_lib.workbook.tables import paired_differences, summary
+from ssepa_lib.workbook.tables import committed, paired_differences, summary
 
 TINY = {
     "data.crop": 32,
@@ -175,3 +176,48 @@ def test_samples_have_one_size(study_runs):
     _, recipe = load_run(study.run_folder("shapes", "ssepa", 0), "cpu")
     images, labels, masks = study.samples(split_of(recipe, "val", 4), [0, 3], 40)
     assert images.shape == (2, 3, 40, 40) and labels.shape == (2, 6) and masks[1].shape == (40, 40)
+
+
+def test_the_tour_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path))
+    plain = study.recipe_for
+    monkeypatch.setattr(study, "recipe_for", lambda *a, **k: plain(*a, **k | {"changes": TINY}))
+    rows = []
+    network, recipe = study.tour("shapes", steps=2, device="cpu", on_step=rows.append)
+    assert (tmp_path / "shapes" / "ssepa-tour2-seed0" / "weights.safetensors").is_file()
+    assert recipe.train.steps == 2 and not network.training and network.haaf is not None and rows
+    again, _ = study.tour("shapes", steps=2, device="cpu", run_name="mine", on_step=rows.append)
+    assert torch.equal(again.classifier.weight, network.classifier.weight) and len(rows) == 1
+    assert len(list((tmp_path / "shapes").iterdir())) == 1, "the finished run of another name is reused"
+
+
+def test_samples_and_parts_with_and_without_masks():
+    dataset = split_of(study.recipe_for("shapes", "toco"), "val", 3)
+    images, labels, masks = study.samples(dataset, [0, 1], 32)
+    classes = labels.argmax(1).tolist()
+    parts = study.object_parts(dataset, [0, 1], 32, classes)
+    for part, mask, kind in zip(parts, masks, classes, strict=True):
+        assert part.shape == (32, 32) and torch.equal(part > 0, mask == kind + 1)
+        assert {1, 2} <= set(part.unique().tolist())
+    plain = TwoImages()
+    assert [p.unique().tolist() for p in study.object_parts(plain, [0, 1], 8, [0, 1])] == [[0, 2], [0, 2]]
+    bare = TwoImages(masks=False)
+    assert study.samples(bare, [0, 1], 8)[2] is None and study.object_parts(bare, [0], 8, [0]) is None
+
+
+def test_images_that_show_a_class_are_found_beyond_the_end():
+    dataset = TwoImages()
+    assert study.with_label(dataset, 5) == [1] and study.with_label(dataset, 1, 6) == [1, 0]
+    dataset.label = lambda i: torch.tensor([0.0, float(i == 0)])
+    assert study.with_label(dataset, 1, 3) == [0]
+    dataset.label = lambda i: torch.zeros(2)
+    with pytest.raises(UserError, match="no image of toy, split 'val', shows a class"):
+        study.with_label(dataset, 0)
+
+
+def test_committed_tables_are_read_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = committed("balanced_affinity/rows.csv")
+    assert {"preset", "method", "seed", "refined_cam"} <= set(rows)
+    with pytest.raises(UserError, match="nothing.csv is missing"):
+        committed("nothing.csv")

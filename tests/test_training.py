@@ -76,6 +76,24 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tiny, tmp
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]] and len(rows[0]) == 6
 
 
+def test_watching_a_run_leaves_it_bit_for_bit_the_same(tiny, tmp_path):
+    recipe = tiny("ssepa", **{"train.log_every": 2, "model.drop_path": 0.2})
+    seen = []
+
+    def watch(network, step):
+        torch.manual_seed(step)  # a careless watcher
+        assert not network.training and not torch.is_grad_enabled()
+        seen.append((step, network(255 * torch.rand(2, 3, 32, 32)).scores.sum().item()))
+
+    train(recipe, tmp_path / "alone")
+    train(recipe, tmp_path / "watched", watch=watch)
+    alone, watched = weights(tmp_path / "alone"), weights(tmp_path / "watched")
+    assert all(torch.equal(alone[name], watched[name]) for name in alone)
+    assert [step for step, _ in seen] == [0, 2, 4, 6]
+    train(recipe, tmp_path / "watched", watch=watch)
+    assert len(seen) == 4, "a finished run is not trained, so there is nothing to watch"
+
+
 def test_training_learns_and_reports(tiny, tmp_path):
     recipe, rows = tiny("toco", **{"train.steps": 30, "optim.lr": 1e-3, "train.log_every": 5}), []
     folder = train(recipe, tmp_path / "run", on_step=rows.append)

@@ -132,6 +132,10 @@ class SegmentationDataset(Dataset):
         """Image-level label, multi-hot float [C]; no image is decoded for it."""
         raise NotImplementedError
 
+    def parts(self, i: int) -> Tensor | None:
+        """Parts of the objects uint8 [H, W], 1 head, 2 body, 0 background; None where they are not known."""
+        return None
+
     @property
     def palette(self) -> list[tuple[int, int, int]]:
         """RGB colour of each of the 256 ids."""

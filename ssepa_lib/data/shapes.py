@@ -325,5 +325,8 @@ class ShapesDataset(SegmentationDataset):
     def mask(self, i: int) -> Tensor:
         return torch.from_numpy(self._scene(i)[1].copy())
 
+    def parts(self, i: int) -> Tensor:
+        return torch.from_numpy(render_scene(self.split, i, seed=self.seed, parts=True)[2])
+
     def label(self, i: int) -> Tensor:
         return classes_in(torch.from_numpy(self._scene(i)[1]), len(self.classes))

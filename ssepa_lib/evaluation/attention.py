@@ -215,3 +215,64 @@ def noise_robustness(
     noisy = logits + size * logits.std((-2, -1), keepdim=True) * noise
     clean, disturbed = (x.softmax(-1)[:, p:, p:] @ cam for x in (logits, noisy))  # [H, N, C]
     return relative_changes(clean, disturbed)
+
+
+def token_similarity(tokens: Tensor) -> Tensor:
+    """How alike the tokens of an image are: mean cosine similarity of all pairs. [..., N, D] → [...], −1..1.
+
+    Near 1 the tokens are over-smoothed: every patch says the same. NaN for a single token.
+    """
+    directions, n = torch.nn.functional.normalize(tokens.float(), dim=-1), tokens.shape[-2]
+    together = directions.sum(-2).square().sum(-1)  # all pairs at once, each token with itself included
+    return (together - n) / (n * (n - 1) or torch.nan)
+
+
+@torch.no_grad()
+def layer_tokens(network: Network, image: Tensor) -> Tensor:
+    """Patch tokens after every block, before the final norm: [B, 3, H, W] in 0..255 → [K, B, N, D]."""
+    found: list[Tensor] = []
+    first = network.backbone.num_prefix_tokens
+    hooks = [
+        block.register_forward_hook(lambda _, inputs, tokens: found.append(tokens[:, first:]))
+        for block in network.backbone.vit.blocks
+    ]
+    try:
+        with evaluating(network):
+            network.backbone(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def object_share(attention: Tensor, objects: Tensor) -> Tensor:
+    """Share of the attention among patches that stays inside the patch's own object.
+
+    A mask is used here to measure, never to train.
+
+    Args:
+        attention: patch-to-patch maps [..., N, N], without prefix tokens.
+        objects: integer [N], the object or class of each patch, 0 background.
+
+    Returns:
+        [...], 0..1, mean over the patches of objects; NaN where there is no object. Attention that looks at
+        random gives the share of patches that the object covers.
+    """
+    inside = objects > 0
+    own = (objects[:, None] == objects[None, :]) & inside[:, None]  # [N, N]
+    share = (attention * own).sum(-1) / attention.sum(-1).clamp_min(1e-12)  # [..., N]
+    return share[..., inside].mean(-1)
+
+
+def head_disagreement(attention: Tensor) -> Tensor:
+    """What averaging the heads blurs: entropy of their mean minus the mean of their entropies, in nats.
+
+    Args:
+        attention: maps [..., H, T, T], rows sum to one.
+
+    Returns:
+        [...], mean over the queries: the Jensen-Shannon divergence of the heads, 0 where all agree, at most
+        log H.
+    """
+    blurred = attention_entropy(attention.mean(-3)) - attention_entropy(attention).mean(-2)  # [..., T]
+    return blurred.mean(-1)

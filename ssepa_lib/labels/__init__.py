@@ -10,6 +10,7 @@ from typing import Any
 
 _HOMES = {
     "Cams": "cam",
+    "MatrixRefiner": "refine",
     "PseudoLabeler": "pseudo_labels",
     "Refiner": "refine",
     "build_refiner": "refine",

@@ -1,12 +1,13 @@
 """How a class activation map is refined by the affinity between patches (SS-EPA, Equations 5 to 7)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ssepa_lib.labels.pseudo_labels import mostly_inside
 from ssepa_lib.model.affinity import Attention, PatchAffinity
+from ssepa_lib.model.matrix_affinity import MatrixAffinity
 from ssepa_lib.model.network import Network, as_maps
 from ssepa_lib.recipe import AffinityConfig
 
@@ -47,6 +48,21 @@ class Refiner:
         """Propagate maps over the patches, [B, X, h, w] → [B, X, h, w]; `valid` as in `affinity`."""
         affinity = self.affinity(attention, valid)
         return as_maps(affinity @ maps.flatten(2).transpose(1, 2), attention.grid)
+
+
+@dataclass(frozen=True)
+class MatrixRefiner(Refiner):
+    """A refiner whose affinity is any function of the attention: for baselines and experiments.
+
+    Args:
+        matrix: attention of B images → [B, N, N]; used as it is, once.
+    """
+
+    matrix: Callable[[Attention], Tensor] = field(kw_only=True)
+
+    def affinity(self, attention: Attention, valid: Tensor | None = None) -> MatrixAffinity:
+        """The matrix of some images; padding is not left out."""
+        return MatrixAffinity(self.matrix(attention))
 
 
 def build_refiner(config: AffinityConfig, network: Network) -> Refiner | None:

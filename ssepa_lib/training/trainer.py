@@ -21,12 +21,13 @@ from ssepa_lib.files import FolderLock
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler
 from ssepa_lib.methods import build_objectives, take_step, total_loss
 from ssepa_lib.methods.teacher import Teacher
-from ssepa_lib.model.network import build_network, optimiser_groups
+from ssepa_lib.model.network import Network, build_network, evaluating, optimiser_groups
 from ssepa_lib.randomness import seeded
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import History, RunFolder
 
 OnStep = Callable[[dict[str, Any]], None]
+Watch = Callable[[Network, int], None]
 
 
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
@@ -150,7 +151,14 @@ class Trainer:
             ) from error
 
 
-def train(recipe: Recipe, run_dir: Path, *, resume: bool = True, on_step: OnStep | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = True,
+    on_step: OnStep | None = None,
+    watch: Watch | None = None,
+) -> Path:
     """Train a recipe, or finish training it.
 
     Under `torchrun` (or SLURM) every process takes its share of `data.batch`, which stays the total.
@@ -159,6 +167,8 @@ def train(recipe: Recipe, run_dir: Path, *, resume: bool = True, on_step: OnStep
         run_dir: the run folder, created if missing.
         resume: continue from `state.pt`; False starts again.
         on_step: called after every logged row with {step, steps, loss, seconds_left, …}.
+        watch: called with the network, in evaluation mode and without gradient, and the step: before the
+            first step and after every logged row. What it does leaves the run as it is, bit for bit.
 
     Returns:
         `run_dir`. A finished run returns at once, and adopts what the recipe says of evaluation and folders.
@@ -174,11 +184,11 @@ def train(recipe: Recipe, run_dir: Path, *, resume: bool = True, on_step: OnStep
     rank, world, device = _launch(resolve_device(recipe.train.device))
     dataset = build_dataset(recipe.data, "train")
     if rank:
-        return _train(recipe, folder, dataset, device, rank, world, None, on_step)
+        return _train(recipe, folder, dataset, device, rank, world, None, on_step, watch)
     folder.path.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder.path):
         state = folder.prepare(recipe, resume)
-        return _train(recipe, folder, dataset, device, rank, world, state, on_step)
+        return _train(recipe, folder, dataset, device, rank, world, state, on_step, watch)
 
 
 def _train(
@@ -190,6 +200,7 @@ def _train(
     world: int,
     state: dict[str, Any] | None,
     on_step: OnStep | None,
+    watch: Watch | None,
 ) -> Path:
     """Train in this process; `state` is that of rank 0, None: from the start."""
     if world > 1:
@@ -199,16 +210,32 @@ def _train(
     trainer = Trainer(recipe, dataset.classes, device, world)
     if state is not None:
         trainer.load_state_dict(state)
-    _loop(trainer, dataset, folder, rank, on_step)
+    _loop(trainer, dataset, folder, rank, on_step, watch)
     if rank == 0:
         folder.save_weights(trainer.network, recipe, recipe.train.steps)
     return folder.path
 
 
+def _show(trainer: Trainer, watch: Watch | None) -> None:
+    """Call a watcher; the global random state, the mode and the gradients are as they were afterwards."""
+    if watch is None:
+        return
+    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(trainer.network):
+        watch(trainer.network, trainer.index)
+
+
 def _loop(
-    trainer: Trainer, dataset: SegmentationDataset, folder: RunFolder, rank: int, on_step: OnStep | None
+    trainer: Trainer,
+    dataset: SegmentationDataset,
+    folder: RunFolder,
+    rank: int,
+    on_step: OnStep | None,
+    watch: Watch | None,
 ) -> None:
     recipe, start = trainer.recipe, trainer.index
+    if start == 0 and not rank:
+        _show(trainer, watch)
     history = History(folder.history, start)
     began = time.perf_counter()
     for batch in train_loader(dataset, recipe, start_step=start, rank=rank, world=trainer.world):
@@ -226,6 +253,7 @@ def _loop(
             if on_step:
                 left = (time.perf_counter() - began) / (done - start) * (recipe.train.steps - done)
                 on_step({**row, "steps": recipe.train.steps, "seconds_left": left})
+            _show(trainer, watch)
         if done % recipe.train.save_every == 0 or last:
             folder.save_state(trainer.state_dict())
 

@@ -95,6 +95,29 @@ def open_run(
     return network, recipe
 
 
+def tour(
+    preset: str,
+    steps: int = 60,
+    seed: int = 0,
+    device: str = "auto",
+    run_name: str = "",
+    on_step: OnStep | None = None,
+) -> tuple[Network, Recipe]:
+    """The small run of SS-EPA that the first notebooks share: trained by whichever comes first, then reused.
+
+    Args:
+        on_step: see `train`.
+
+    Returns:
+        The network in evaluation mode, and its recipe.
+    """
+    recipe = recipe_for(preset, "ssepa", steps=steps, seed=seed, device=device)
+    name = "-".join(filter(None, (run_name, f"tour{steps}")))
+    folder = find_finished(recipe, run_folder(preset, "ssepa", seed, name))
+    train(recipe, folder, on_step=on_step)
+    return RunFolder(folder).load(device)
+
+
 def run_study(
     preset: str,
     methods: Sequence[str],
@@ -142,16 +165,57 @@ def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset)
 
 def samples(
     dataset: SegmentationDataset, indices: Sequence[int], side: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:
     """Some images to look at, resized to squares.
 
     Returns:
-        Images [n, 3, side, side] in 0..255, labels [n, C], and per image a mask uint8 [side, side].
+        Images [n, 3, side, side] in 0..255, labels [n, C], and per image a mask uint8 [side, side], or None
+        where one of them has no mask.
     """
     items = [dataset[i] for i in indices]
     images = [F.interpolate(item.image[None].float(), (side, side), mode="bilinear") for item in items]
-    masks = [F.interpolate(item.mask[None, None].float(), (side, side))[0, 0].byte() for item in items]
+    masks = None if any(item.mask is None for item in items) else [_square(i.mask, side) for i in items]
     return torch.cat(images), torch.stack([item.label for item in items]), masks
+
+
+def with_label(dataset: SegmentationDataset, first: int, count: int = 1) -> list[int]:
+    """Up to `count` images that show a class, from image `first` on; after the last image comes the first.
+
+    Raises:
+        UserError: no image of the dataset shows a class.
+    """
+    order = [(first + i) % len(dataset) for i in range(len(dataset))]
+    found = list(itertools.islice((i for i in order if bool(dataset.label(i).any())), count))
+    if not found:
+        raise UserError(f"no image of {dataset.name}, split '{dataset.split}', shows a class; check labels.")
+    return found
+
+
+def _square(ids: Tensor, side: int) -> Tensor:
+    """Ids [H, W] resized to [side, side], nearest neighbour."""
+    return F.interpolate(ids[None, None].float(), (side, side))[0, 0].byte()
+
+
+def object_parts(
+    dataset: SegmentationDataset, indices: Sequence[int], side: int, classes: Sequence[int]
+) -> list[Tensor] | None:
+    """Head and body of one class per image, as `evaluation.maps.mass_by_part` wants them.
+
+    Args:
+        classes: index of that class for each image, from 0.
+
+    Returns:
+        Per image uint8 [side, side]: 1 head, 2 body of the class, 0 everything else. Where the dataset does
+        not know parts, the whole object counts as body. None where an image has no mask.
+    """
+    found = []
+    for i, kind in zip(indices, classes, strict=True):
+        mask, parts = dataset.mask(i), dataset.parts(i)
+        if mask is None:
+            return None
+        own = (mask == kind + 1).byte()
+        found.append(_square(own * (2 if parts is None else parts), side))
+    return found
 
 
 def affinity_memory(attention: Attention, cam: Tensor, strategy: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.results import read_results
+from ssepa_lib.paths import PROJECT
 
 
 def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
@@ -121,3 +122,18 @@ def to_markdown(table: pd.DataFrame, digits: int = 1) -> str:
     numbers = [len(cells) > 0 and column.str.match(r"[\d–+−-]").all() for _, column in cells.items()]
     sides = ["right" if number else "left" for number in numbers]
     return cells.to_markdown(index=False, disable_numparse=True, colalign=sides if len(cells) else None)
+
+
+def committed(name: str) -> pd.DataFrame:
+    """A table of measurements that comes with the project.
+
+    Args:
+        name: a CSV file below `results/`, for example "balanced_affinity/rows.csv".
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = PROJECT / "results" / name
+    if not path.is_file():
+        raise UserError(f"{path} is missing; restore it with git checkout.")
+    return pd.read_csv(path)

@@ -14,26 +14,53 @@ from ssepa_lib.workbook.figures.images import (
     plot_mask,
     plot_mask_grid,
 )
+from ssepa_lib.workbook.figures.judged import (
+    plot_better_or_worse,
+    plot_case,
+    plot_film,
+    plot_judged_grid,
+    plot_mass,
+    plot_threshold_curves,
+)
 from ssepa_lib.workbook.figures.layers import plot_attention_strip, plot_haaf_objectives, plot_layer_weights
+from ssepa_lib.workbook.figures.parts import (
+    plot_landmark_rows,
+    plot_landmarks,
+    plot_maps_with_shares,
+    plot_part_shares,
+    plot_ranked,
+)
 from ssepa_lib.workbook.figures.scores import plot_class_scores, plot_memory_bars, plot_runs
-from ssepa_lib.workbook.figures.style import OUTPUT_NAMES, method_name, save_figure, use_style
+from ssepa_lib.workbook.figures.style import LANDMARKS, OUTPUT_NAMES, method_name, save_figure, use_style
 
 __all__ = [
+    "LANDMARKS",
     "OUTPUT_NAMES",
     "method_name",
     "plot_affinity_row",
+    "plot_threshold_curves",
+    "plot_mass",
+    "plot_judged_grid",
+    "plot_film",
+    "plot_better_or_worse",
     "plot_attention_strip",
     "plot_cam",
+    "plot_case",
     "plot_cam_grid",
     "plot_class_scores",
     "plot_crop_views",
     "plot_haaf_objectives",
     "plot_image",
     "plot_layer_weights",
+    "plot_landmark_rows",
+    "plot_landmarks",
     "plot_learning_curves",
+    "plot_maps_with_shares",
     "plot_mask",
     "plot_mask_grid",
     "plot_memory_bars",
+    "plot_part_shares",
+    "plot_ranked",
     "plot_runs",
     "plot_scaling_curves",
     "plot_threshold_curve",

@@ -201,8 +201,9 @@ def plot_affinity_row(
     grid: tuple[int, int],
     ax: Axes | None = None,
     title: str = "",
+    colour: str = MARKED[-1][0],
 ) -> Axes:
-    """From where one patch receives: a row [N] of the affinity over the image, the patch framed.
+    """From where one patch receives: a row [N] of the affinity over the image, the patch framed in a colour.
 
     The colour scale ends at the 99th percentile, so that the patch's own value does not hide the rest.
     """
@@ -210,13 +211,17 @@ def plot_affinity_row(
     values = to_numpy(row).reshape(h, w)
     highest = max(np.quantile(values, 0.99), values.min() + 1e-12)
     plot_cam(values, image, ax, title, limits=(values.min(), highest))
-    height, width = to_pixels(image).shape[:2]
-    high, wide = height / h, width / w
-    y, x = divmod(patch, w)
-    corner = (x * wide - 0.5, y * high - 0.5)
-    for colour, line in MARKED:
-        ax.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=colour, linewidth=1.75 * line))
+    mark_patch(ax, patch, grid, to_pixels(image).shape[:2], colour)
     return ax
+
+
+def mark_patch(ax: Axes, patch: int, grid: tuple[int, int], size: tuple[int, int], colour: str) -> None:
+    """Frame one patch of a grid (h, w) on an image of `size` (height, width) that is drawn on `ax`."""
+    high, wide = size[0] / grid[0], size[1] / grid[1]
+    y, x = divmod(patch, grid[1])
+    corner = (x * wide - 0.5, y * high - 0.5)
+    for edge, line in (("black", 3.5), (colour, 1.75)):
+        ax.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=edge, linewidth=line))
 
 
 def plot_crop_views(

@@ -38,6 +38,12 @@ CLASS_COLOURS = (
 )  # told apart by colour-blind readers (Okabe and Ito, 2008), and bright enough on black
 MARKED = (("black", 2.0), ("#00e5ff", 1.0))  # colours and relative widths of a frame seen on any image
 
+LANDMARKS = {
+    "Head": "#de8f05",
+    "Body": "#0173b2",
+    "Ground": "#029e73",
+}  # patches and parts, colour-blind safe
+
 
 def use_style() -> None:
     """One look for all figures: seaborn's colour-blind safe palette, a light grid, a tight layout."""

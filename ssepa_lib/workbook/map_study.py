@@ -1,0 +1,276 @@
+"""What a map is worth, image by image: IoU, where its mass lies, how high its background is.
+
+Masks and parts are used here to measure; nothing is trained.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssepa_lib.data import IGNORE, SegmentationDataset
+from ssepa_lib.data.shapes import BACKGROUNDS, SHAPE_CLASSES, render_scene, scene_facts
+from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation import infer
+from ssepa_lib.evaluation.evaluate import THRESHOLDS
+from ssepa_lib.evaluation.maps import PARTS, floor, mass_by_part
+from ssepa_lib.evaluation.multiscale import cam_view, top_class
+from ssepa_lib.evaluation.scores import ThresholdConfusion
+from ssepa_lib.labels import PseudoLabeler, Refiner, multi_scale_cam, normalise_cam
+from ssepa_lib.model import Attention, Network
+from ssepa_lib.model.matrix_affinity import same_object
+from ssepa_lib.recipe import Recipe
+from ssepa_lib.workbook.study import object_parts, samples
+
+NO_MASKS = "This dataset has no masks, so there is nothing to measure against."
+
+
+def has_masks(dataset: SegmentationDataset) -> bool:
+    """Whether a dataset can be measured; prints one sentence where it cannot."""
+    known = len(dataset) > 0 and dataset.mask(0) is not None
+    if not known:
+        print(NO_MASKS)
+    return known
+
+
+@torch.no_grad()
+def class_maps(
+    network: Network,
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor,
+    classes: Sequence[int],
+    refiners: Mapping[str, Refiner | None],
+) -> dict[str, Tensor]:
+    """The map of one class per image under several refiners, at scale 1 without flip, as it is measured.
+
+    Args:
+        images: [n, 3, H, W], 0..255; labels: [n, C].
+        classes: index of the class for each image, from 0.
+        refiners: name → refiner; None: the map as it is.
+
+    Returns:
+        Name → [n, H, W] in 0..1.
+    """
+    config, rows = cam_view(recipe.cam, "single"), torch.arange(len(images))
+    first = network(images, segment=False, capture=True)
+    return {
+        name: multi_scale_cam(network, images, labels, config, refiner, first=first).for_labels[rows, classes]
+        for name, refiner in refiners.items()
+    }
+
+
+def map_iou(map: Tensor, mask: Tensor, kind: int, threshold: float) -> float:
+    """IoU in percent of one class's map [H, W], cut at a threshold, with that class in a mask [H, W].
+
+    Args:
+        kind: index of the class, from 0; pixels of 255 do not count.
+    """
+    counted, found, there = mask != IGNORE, map > threshold, mask == kind + 1
+    union = ((found | there) & counted).sum()
+    return 100 * float((found & there & counted).sum() / union.clamp(min=1))
+
+
+def measure_maps(
+    network: Network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    refiners: Mapping[str, Refiner | None],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Maps of one network under several refiners, at scale 1, from one walk over a dataset.
+
+    Args:
+        refiners: name of the map → its refiner; None: the map as it is.
+
+    Returns:
+        One row per image and map: `index` of the image, `class` (the first of its label, from 0), `map`,
+        `iou` (percent, at the background threshold), the shares `head`, `body` and `ground` of its mass
+        (0..1) and its `floor`; and the mIoU in percent of all classes, one row per threshold, one column per
+        map.
+
+    Raises:
+        UserError: an image without a mask.
+    """
+    device, background = network.classifier.weight.device, recipe.cam.background
+    thresholds = sorted({*THRESHOLDS, background})
+    counts = {name: ThresholdConfusion(dataset.classes, thresholds, device) for name in refiners}
+    rows = []
+    walk = infer(network, recipe, dataset, device=device, outputs=("refined_cam",), refiners=refiners)
+    for prediction in walk:
+        if prediction.mask is None:
+            raise UserError(f"'{prediction.id}' has no mask; choose a split with masks.")
+        maps, mask = prediction.maps(), prediction.mask.to(device)
+        for name, count in counts.items():
+            count.update(*top_class(maps.refined[name], maps.present, mask.shape), mask)
+        if len(maps.present):
+            rows += _image_rows(prediction.index, maps, mask, dataset, background)
+    curves = {name: [count.at(t).miou for t in thresholds] for name, count in counts.items()}
+    return pd.DataFrame(rows), pd.DataFrame(curves, index=pd.Index(thresholds, name="threshold"), dtype=float)
+
+
+def _image_rows(
+    index: int, maps, mask: Tensor, dataset: SegmentationDataset, background: float
+) -> list[dict]:
+    """The rows of one image, for the first class of its label."""
+    kind, rows = int(maps.present[0]), []
+    side = maps.main.shape[-1]
+    small = F.interpolate(mask[None, None].float(), maps.main.shape[-2:])[0, 0].long()
+    parts = object_parts(dataset, [index], side, [kind])[0].to(mask.device)
+    for name, refined in maps.refined.items():
+        shown = refined[0]
+        shares = mass_by_part(shown, parts).tolist()
+        row = {"index": index, "class": kind, "map": name, "iou": map_iou(shown, small, kind, background)}
+        rows.append(row | dict(zip(PARTS, shares, strict=True)) | {"floor": floor(shown, small == kind + 1)})
+    return rows
+
+
+def oracle_curve(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.Series:
+    """mIoU in percent per threshold of a map in which every patch has the mean of its own object: a ceiling
+    that only masks can give.
+
+    The maps are those of `measure_maps`; a patch belongs to the class of the pixel in its middle.
+    """
+    device, background = network.classifier.weight.device, recipe.cam.background
+    thresholds = sorted({*THRESHOLDS, background})
+    count, patch = ThresholdConfusion(dataset.classes, thresholds, device), network.backbone.patch_size
+    for prediction in infer(network, recipe, dataset, device=device, outputs=("cam",), refiners={"": None}):
+        maps, mask = prediction.maps(), prediction.mask.to(device)
+        size = maps.main.shape[-2:]
+        grid = network.backbone.grid(*size)
+        objects = F.interpolate(mask[None, None].float(), grid)[0, 0].long()  # [h, w]
+        small = F.adaptive_avg_pool2d(maps.main, grid).flatten(1).T[None]  # [1, N, P]
+        spread = (same_object(objects.flatten()[None]) @ small)[0].T.unflatten(1, grid)  # [P, h, w]
+        full = F.interpolate(spread[None], (grid[0] * patch[0], grid[1] * patch[1]), mode="nearest")
+        count.update(*top_class(normalise_cam(full)[0], maps.present, mask.shape), mask)
+    return pd.Series([count.at(t).miou for t in thresholds], index=thresholds, dtype=float)
+
+
+def wide(images: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One column of `measure_maps`, one row per image and one column per map."""
+    return images.pivot(index="index", columns="map", values=column)[list(images["map"].unique())]
+
+
+@torch.no_grad()
+def background_pairs(
+    network: Network,
+    recipe: Recipe,
+    refiners: Mapping[str, Refiner | None],
+    pairs: int = 50,
+    split: str = "val",
+) -> pd.DataFrame:
+    """Built-in scenes of one creature, each on its class's home background and on a foreign one.
+
+    Args:
+        refiners: as in `measure_maps`.
+        pairs: how many scenes, the first ones of the split.
+
+    Returns:
+        One row per scene and map: `index`, `class`, `map`, and the share of the map's mass on the ground at
+        `home` and on `foreign` ground, 0..1.
+    """
+    chosen = [i for i in range(40 * pairs) if len(scene_facts(split, i).classes) == 1][:pairs]
+    kinds = [SHAPE_CLASSES.index(scene_facts(split, i).classes[0]) for i in chosen]
+    device, side = network.classifier.weight.device, recipe.data.eval_size or recipe.data.crop
+    labels = torch.eye(len(SHAPE_CLASSES), device=device)[kinds]
+    rows: dict[tuple[int, str], dict] = {}
+    for place, shift in (("home", 0), ("foreign", len(BACKGROUNDS) // 2)):
+        grounds = [BACKGROUNDS[(kind + shift) % len(BACKGROUNDS)] for kind in kinds]
+        pixels, parts = _scenes(split, chosen, grounds, side)
+        for name, refiner in refiners.items():
+            found = class_maps(network, recipe, pixels.to(device), labels, kinds, {name: refiner})[name]
+            for map, part, scene, kind in zip(found, parts, chosen, kinds, strict=True):
+                ground = float(mass_by_part(map.cpu(), part)[2])
+                rows.setdefault((scene, name), {"index": scene, "class": kind, "map": name})[place] = ground
+    return pd.DataFrame(list(rows.values()))
+
+
+def _scenes(
+    split: str, indices: Sequence[int], grounds: Sequence[str], side: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Scenes on chosen backgrounds: images [n, 3, side, side] in 0..255, and their parts [side, side]."""
+    pixels, parts = [], []
+    for index, ground in zip(indices, grounds, strict=True):
+        image, _, part = render_scene(split, index, parts=True, background=ground)
+        tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        pixels.append(F.interpolate(tensor, (side, side), mode="bilinear"))
+        parts.append(F.interpolate(torch.from_numpy(part)[None, None].float(), (side, side))[0, 0].byte())
+    return torch.cat(pixels), parts
+
+
+def propagated(affinity: Tensor, cam: Tensor, steps: Sequence[int]) -> Tensor:
+    """A map after several numbers of multiplications.
+
+    Args:
+        affinity: [N, N].
+        cam: [N], not negative.
+        steps: increasing, from 0.
+
+    Returns:
+        [len(steps), N], each divided by its own maximum.
+    """
+    found, current, done = [], cam.float(), 0
+    for wanted in steps:
+        while done < wanted:
+            current, done = affinity @ current, done + 1
+        found.append(current / current.max().clamp_min(1e-12))
+    return torch.stack(found)
+
+
+def random_rows(patches: int, seed: int = 0) -> Tensor:
+    """A random matrix [N, N] whose rows sum to 1."""
+    matrix = torch.rand(patches, patches, generator=torch.Generator().manual_seed(seed))
+    return matrix / matrix.sum(1, keepdim=True)
+
+
+def always(matrix: Tensor) -> Callable[[Attention], Tensor]:
+    """The same matrix [N, N] for every image, as `MatrixRefiner` wants it."""
+    return lambda attention: matrix.expand(len(attention.queries[0]), -1, -1)
+
+
+def per_image(
+    table: pd.DataFrame, indices: Sequence[int], names: Sequence[str]
+) -> tuple[dict[str, list[float]], dict[str, list[list[float]]]]:
+    """IoU and shares of some images out of `measure_maps`: name of the map → one entry per image."""
+    found = table.set_index(["map", "index"])
+    ious = {name: [float(found.loc[(name, i), "iou"]) for i in indices] for name in names}
+    shares = {name: [found.loc[(name, i), list(PARTS)].tolist() for i in indices] for name in names}
+    return ious, shares
+
+
+def case(
+    network: Network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    index: int,
+    refiners: Mapping[str, Refiner | None],
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """One image of a dataset: its pixels [3, S, S], the maps of its first class by name, and where that
+    class is, bool [S, S]."""
+    side, where = recipe.data.eval_size or recipe.data.crop, network.classifier.weight.device
+    pixels, labels, masks = samples(dataset, [index], side)
+    kind = int(labels.argmax())
+    found = class_maps(network, recipe, pixels.to(where), labels.to(where), [kind], refiners)
+    return pixels[0], {name: maps[0].cpu() for name, maps in found.items()}, masks[0] == kind + 1
+
+
+def blind_numbers(
+    network: Network, recipe: Recipe, dataset: SegmentationDataset, refiner: Refiner | None
+) -> pd.DataFrame:
+    """Numbers of a map that need no mask, one row per image with a label.
+
+    Columns: `median` (of the map in 0..1: a floor without a mask), `area` (share of the image above the
+    recipe's background threshold), `PAR` (mean absolute change under pixel-adaptive refinement).
+    """
+    device, rows = network.classifier.weight.device, {}
+    side, par = recipe.data.eval_size or recipe.data.crop, PseudoLabeler(recipe.cam).par.to(device)
+    indices = [i for i in range(len(dataset)) if dataset.label(i).any()]
+    for index in indices:
+        pixels, labels, _ = samples(dataset, [index], side)
+        pixels, labels = pixels.to(device), labels.to(device)
+        (map,) = class_maps(network, recipe, pixels, labels, [int(labels.argmax())], {"": refiner})[""]
+        moved = (par(pixels, map[None, None])[0, 0] - map).abs().mean()
+        area = (map > recipe.cam.background).float().mean()
+        rows[index] = {"median": float(map.median()), "area": float(area), "PAR": float(moved)}
+    return pd.DataFrame.from_dict(rows, orient="index")
