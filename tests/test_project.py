@@ -130,7 +130,7 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 LAYERS = ("data", "model", "labels", "methods", "training", "evaluation", "workbook", "benchmarks")
 COMMANDS = {"__main__", "cli", "commands", "study_commands"}  # above every folder; other files are the ground
 GLOSSARY = {
-    r"\bpictures?\b": "image",
+    r"(?<!one )\bpictures?\b": "image",
     r"\bmirror(ed|s)?\b": "flip",
     r"\bprocessors?\b": "CPU",
     r"\ba training\b": "a run",
