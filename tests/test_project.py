@@ -14,7 +14,7 @@ import yaml
 from ssepa_lib import private_api
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
-from ssepa_lib.workbook.runner import discover
+from ssepa_lib.workbook.notebooks import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
