@@ -14,7 +14,7 @@ import yaml
 from ssepa_lib import private_api
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
-from ssepa_lib.workbook.runner import discover
+from ssepa_lib.workbook.notebooks import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -212,7 +212,7 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 LAYERS = ("data", "model", "labels", "methods", "training", "evaluation", "workbook", "benchmarks")
 COMMANDS = {"__main__", "cli", "commands", "study_commands"}  # above every folder; other files are the ground
 GLOSSARY = {
-    r"\bpictures?\b": "image",
+    r"(?<!one )\bpictures?\b": "image",
     r"\bmirror(ed|s)?\b": "flip",
     r"\bprocessors?\b": "CPU",
     r"\ba training\b": "a run",
