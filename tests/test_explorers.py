@@ -278,3 +278,14 @@ def test_one_view_can_take_over_another(image, mask):
     )
     view.show(other)
     assert view.spec["kind"] == "propagation" and view.blob == other.blob and view.step == 1
+
+
+def test_a_menu_changes_what_is_shown(image):
+    panel = explorers.chooser(
+        lambda start: explorers.microscope(image, affinity(), start=start), start=[3, 7]
+    )
+    assert panel.view.patch == 3 and panel.chosen == {"start": 3}
+    panel.menus["start"].value = 7
+    assert panel.view.patch == 7
+    with pytest.raises(UserError, match="nothing to choose from for 'image'"):
+        explorers.chooser(None, image=[])
