@@ -131,7 +131,7 @@ def test_the_workbook_says_what_it_trains_before_it_asks(slow_cpu, monkeypatch, 
     assert (
         "toco-seed0" in shown.out
         and "20000 steps of 4, seed 0" in shown.out
-        and "1 runs to train" in shown.out
+        and "2 runs to train" in shown.out
     )
     assert "training would take about" in shown.err and "--yes" in shown.err
     seen = []

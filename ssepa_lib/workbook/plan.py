@@ -1,9 +1,9 @@
 """What a call is going to train, before it starts: runs, steps, expected time and disk.
 
 The time of a step is read from the history of an earlier run with the same settings where there is one.
-Otherwise it is estimated: the floating-point operations of its passes through the encoder, divided by the speed
-that whole training steps reached on an x86 core, or by a share of the speed at which the GPU multiplies matrices.
-Such an estimate may be wrong by a factor of three; it tells minutes from days.
+Otherwise it is estimated: the floating-point operations of its passes through the encoder, divided by the
+speed that whole training steps have reached on an x86 core, or by a share of the speed at which the GPU
+multiplies matrices. Such an estimate may be wrong by a factor of three; it tells minutes from days.
 """
 
 import csv
