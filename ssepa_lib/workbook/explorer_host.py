@@ -36,7 +36,7 @@ freeze();</script></body></html>"""
 # a notebook that it does not trust.
 _FROZEN = """<style>.ssepa-untrusted{{display:none}}
 .jp-OutputArea-child:has(.ssepa-frozen):has(+.jp-OutputArea-child .ssepa-live),
-.jp-OutputArea-child:has(.ssepa-frozen)+.jp-OutputArea-child:has([data-mime-type*="widget-view"]):not(
+.jp-OutputArea-child:has(.ssepa-frozen)+.jp-OutputArea-child:has(>.lm-Panel.jp-OutputArea-output):not(
 :has(.ssepa-live)){{display:none}}</style>
 <p class="ssepa-untrusted">{title}: run the notebook, or trust it, to see this explorer.</p>
 <iframe class="ssepa-frozen" title="{title}" style="width:100%;height:32rem;border:0" srcdoc="{page}">

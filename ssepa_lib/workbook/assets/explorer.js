@@ -196,7 +196,11 @@ class View {
       this.data[name] = new kind(bytes.slice(at, at + count * kind.BYTES_PER_ELEMENT).buffer);
     }
     this.lut = ramp(spec.colours);
-    this.root = h("section", { class: "ssx", "data-lm-suppress-shortcuts": "true", "aria-label": spec.title });
+    this.root = h("section", { class: "ssx", "aria-label": spec.title });
+    // JupyterLab's shortcuts without a modifier would take digits and arrow keys away from the explorer.
+    const guard = (e) => this.root.toggleAttribute("data-lm-suppress-shortcuts", !(e.ctrlKey || e.metaKey || e.altKey));
+    addEventListener("keydown", guard, true);
+    this.off.push(() => removeEventListener("keydown", guard, true));
     el.append(h("style", {}, STYLE), this.root);
     this.theme();
   }
@@ -466,7 +470,7 @@ KINDS.mixer = (v) => {
   v.listen("weights");
 };
 
-export function render({ model, el }) {
+function render({ model, el }) {
   let view = null;
   const close = () => view?.off.forEach((stop) => stop());
   const open = () => {
@@ -483,7 +487,7 @@ export function render({ model, el }) {
 }
 
 // A page of its own, without a kernel: the state and the data lie in two script elements.
-export function freeze() {
+function freeze() {
   const read = (id) => document.getElementById(id).textContent;
   const blob = Uint8Array.from(atob(read("blob")), (c) => c.charCodeAt(0));
   const state = { ...JSON.parse(read("state")), blob }, model = {
