@@ -5,6 +5,7 @@ are given, or on new ones, and return them; none of them calls `show`. The style
 """
 
 from ssepa_lib.workbook.figures.curves import plot_learning_curves, plot_scaling_curves, plot_threshold_curve
+from ssepa_lib.workbook.figures.data import plot_card, plot_parts, plot_samples
 from ssepa_lib.workbook.figures.images import (
     plot_affinity_row,
     plot_cam,
@@ -45,6 +46,7 @@ __all__ = [
     "plot_better_or_worse",
     "plot_attention_strip",
     "plot_cam",
+    "plot_card",
     "plot_case",
     "plot_cam_grid",
     "plot_class_scores",
@@ -60,8 +62,10 @@ __all__ = [
     "plot_mask_grid",
     "plot_memory_bars",
     "plot_part_shares",
+    "plot_parts",
     "plot_ranked",
     "plot_runs",
+    "plot_samples",
     "plot_scaling_curves",
     "plot_threshold_curve",
     "save_figure",
