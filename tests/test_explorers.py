@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from py_mini_racer import MiniRacer
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.labels.cam import cam_to_label, normalise_cam
+from ssepa_lib.methods.fsr import _uniform, edge_strength, mask_blocks
 from ssepa_lib.model import Attention, LayerWeights, PatchAffinity
+from ssepa_lib.recipe import ReinforceConfig
 from ssepa_lib.workbook import explorers
 from ssepa_lib.workbook.explorer_host import LIMIT, MODULE, pack
 
@@ -166,7 +169,7 @@ def test_what_is_sent_keeps_its_type_and_order():
         ({"start": 16}, "patch 16 does not exist; choose 0..15"),
         ({"start": -1}, "patch -1 does not exist"),
         ({"names": {99: "Head"}}, "patch 99 does not exist"),
-        ({"cam": torch.rand(15)}, "one value per patch"),
+        ({"cam": torch.rand(15)}, "one value per cell of [4, 4]"),
         ({"mask": torch.zeros(8, 8)}, "its image is"),
         ({"image": torch.rand(2, 3, 8, 8)}, "one image"),
         ({"affinity": torch.rand(16, 16)}, "give a PatchAffinity"),
@@ -199,3 +202,79 @@ def test_a_patch_set_by_hand_must_exist(image):
     view.patch = 15
     with pytest.raises(UserError, match="patch 16"):
         view.patch = 16
+
+
+def test_propagation_follows_the_affinity_for_sixteen_steps(script, image, mask):
+    a, cam = affinity(), torch.rand(16)
+    view = explorers.propagation(image, a, cam=cam, mask=mask)
+    codes, scales = unpacked(view, "codes"), unpacked(view, "scales")
+    map_ = cam.tolist()
+    for _ in range(16):
+        map_ = script("propagate", f"matrix({codes.tolist()}, {scales.tolist()}, 65535)", map_)
+        cam = a.dense()[0] @ cam
+    assert np.allclose(map_, cam, atol=2e-3 * float(cam.max()))
+    assert unpacked(view, "mask").max() == 255 and view.spec["size"] == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("selection", ["random", "loose", "strict", "edge"])
+def test_the_same_blocks_are_hidden_as_in_training(script, selection):
+    config = ReinforceConfig(mask_block=2, mask_ratio=0.4, selection=selection, random_until=0)
+    activation, image = torch.rand(1, 12, 12), torch.rand(1, 3, 48, 48) * 255
+    order = _uniform(1, blocks=36, generator=torch.Generator().manual_seed(3))
+    exact = mask_blocks(activation, image, (12, 12), config, 1.0, torch.Generator().manual_seed(3))
+    blocks = F.interpolate(activation[None], (6, 6), mode="nearest").flatten()
+    edges = edge_strength(image, (12, 12), 2).flatten()
+    given = {"activation": blocks, "edges": edges, "order": order.flatten()}
+    given = json.dumps({name: values.tolist() for name, values in given.items()})
+    found = script("hidden", given, 0.4, json.dumps(selection), *config.uncertain)["blocks"]
+    assert found == exact.view(12, 12)[::2, ::2].flatten().tolist()
+
+
+def test_maps_are_sent_as_codes_of_the_whole_range(image, mask):
+    cam = torch.tensor([[0.0, 1.0], [0.5, 0.25]])
+    view = explorers.thresholds(image, cam, refined=torch.rand(8, 8), mask=mask, classes=["newt"])
+    sent = unpacked(view, "maps").reshape(2, SIDE, SIDE)
+    exact = F.interpolate(cam[None, None], (SIDE, SIDE), mode="bilinear")[0, 0]
+    assert np.abs(sent[0] / 255 - exact.numpy()).max() <= 0.5 / 255 + 1e-6
+    assert view.spec["kinds"] == ["CAM", "refined"] and view.thresholds == [0.7, 0.25]
+    assert set(unpacked(view, "mask")) == {0, 1, 255}
+
+
+def snapshot(step, **maps):
+    label = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+    return {"step": step, "cam": torch.rand(4, 4), "pseudo_label": label} | maps
+
+
+def test_the_timeline_carries_its_losses(image):
+    history = pd.DataFrame({"step": [1, 2, 3], "lr": 1.0, "seconds": 1.0, "cls": [3.0, 2.0, 1.0]})
+    view = explorers.timeline(image, [snapshot(0), snapshot(3)], history.assign(seg=[None, 1.0, 0.5]))
+    assert view.spec["history"] == {"step": [1, 2, 3], "terms": {"cls": [3, 2, 1], "seg": [None, 1, 0.5]}}
+    assert view.spec["steps"] == [0, 3] and view.step == 1
+    assert [m["labels"] for m in view.spec["maps"].values()] == [False, True]
+    json.dumps(view.spec, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda i: explorers.thresholds(i, torch.full((4, 4), 2.0)), "values in 0..1"),
+        (lambda i: explorers.thresholds(i, torch.rand(2, 4, 4), classes=["a"]), "1 class names for 2 maps"),
+        (lambda i: explorers.propagation(i, affinity(), cam=torch.rand(3)), "value per cell of [4, 4]"),
+        (lambda i: explorers.timeline(i, [], pd.DataFrame({"step": []})), "every snapshot needs a step"),
+        (lambda i: explorers.timeline(i, [snapshot(0, cam=torch.rand(2, 2)), snapshot(1)], None), "shape"),
+        (lambda i: explorers.masks(i, torch.rand(4), torch.rand(4), torch.rand(4)), "activation is flat"),
+        (lambda i: explorers.masks(i, torch.rand(2, 2), torch.rand(9), torch.rand(4)), "edges has the shape"),
+    ],
+)
+def test_bad_arguments_of_the_others(image, call, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        call(image)
+
+
+def test_one_view_can_take_over_another(image, mask):
+    view, other = (
+        explorers.microscope(image, affinity()),
+        explorers.propagation(image, affinity(), cam=torch.rand(16)),
+    )
+    view.show(other)
+    assert view.spec["kind"] == "propagation" and view.blob == other.blob and view.step == 1

@@ -231,6 +231,10 @@ def test_maps_with_their_shares_and_landmarks():
     assert "–" in [text.get_text() for text in axes[1, 2].texts]
     frames = [p for p in axes[0, 0].patches if p.get_edgecolor()[:3] == to_rgb(figures.LANDMARKS["Ground"])]
     assert len(frames) == 1 and frames[0].get_xy() == (3.5, 3.5)
+    curtain = figures.plot_maps_with_shares(image, maps | {"mask": None}, shares)
+    assert [t.get_text() for t in curtain[0, 3].texts] == ["?"] and curtain[1, 3] not in curtain[
+        0, 0
+    ].figure.axes
     assert figures.plot_maps_with_shares(image, maps).shape == (1, 3)
 
 

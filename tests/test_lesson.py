@@ -51,6 +51,16 @@ def test_reveal_answers_whatever_is_typed(guess, begins):
     assert words(lesson.reveal(guess, "B", "Because 3 > 2.")).startswith(begins)
 
 
+def test_without_masks_there_is_no_answer():
+    assert words(lesson.reveal("A", None)) == lesson.NO_MASKS
+
+
+def test_the_machine_is_described():
+    shown = words(lesson.check_machine("cpu"))
+    assert "torch" in shown and torch.__version__.split("+")[0] in shown and "dense CRF" in shown
+    assert words(lesson.seen("a < b")) == "a &lt; b"
+
+
 def test_mark_says_how_far_it_is():
     assert words(lesson.mark(31.5, 40, " %")) == "Your value is 31.5 %, the target 40 %: 8.5 % to go."
     assert words(lesson.mark(torch.tensor(41.0), 40)).endswith("reached.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ssepa_lib.data import IGNORE
@@ -108,9 +109,28 @@ def patch_map(values: Array, grid: tuple[int, int], what: str) -> np.ndarray:
     found = np.asarray(to_numpy(values), np.float32)
     if found.size != grid[0] * grid[1]:
         raise UserError(
-            f"{what} has the shape {list(found.shape)}; it must have one value per patch, {list(grid)}."
+            f"{what} has the shape {list(found.shape)}; it must have one value per cell of {list(grid)}."
         )
     return found.ravel()
+
+
+def unit_map(values: Array, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Maps [..., h, w] in 0..1 as codes uint8 [..., h, w], code / 255; with a size, resized bilinearly."""
+    maps = torch.as_tensor(to_numpy(values)).float()
+    if maps.ndim < 2 or not bool(torch.isfinite(maps).all()) or maps.min() < -1e-3 or maps.max() > 1 + 1e-3:
+        raise UserError("a map must be [h, w] with values in 0..1; normalise it first (`normalise_cam`).")
+    if size is not None:
+        maps = F.interpolate(maps.reshape(1, -1, *maps.shape[-2:]), size, mode="bilinear")[0]
+    return (255 * maps.clamp(0, 1)).round().byte().numpy()
+
+
+def blocks(values: Array, grid: tuple[int, int] | None, what: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """One number per block, float32 [M], and the grid of blocks (rows, columns)."""
+    found = np.asarray(to_numpy(values), np.float32)
+    grid = grid or (found.shape if found.ndim == 2 else None)
+    if grid is None:
+        raise UserError(f"{what} is flat; give it as [rows, columns], or name the grid of blocks.")
+    return patch_map(found, grid, what), tuple(grid)
 
 
 def layer_weights(presets: Mapping[str, Array], depth: int) -> dict[str, list[float]]:
@@ -206,3 +226,14 @@ def row_facts(
         same = torch.from_numpy(ids[:, None] == ids)
         facts["own"] = (rows * same).sum(-1)
     return {name: value.numpy().astype(np.float32).ravel() for name, value in facts.items()}
+
+
+def loss_curves(history: Any, rows: int = 200) -> dict[str, Any]:
+    """A table of losses for JSON: `step` and `terms`, name → values, None where there is none."""
+    table = history.iloc[:: max(1, -(-len(history) // rows))]
+    columns = [c for c in table if c not in ("step", "seconds", "lr") and table[c].notna().any()]
+
+    def numbers(column: str) -> list[float | None]:
+        return [float(f"{x:.4g}") if np.isfinite(x) else None for x in table[column].astype(float)]
+
+    return {"step": [int(s) for s in table["step"]], "terms": {c: numbers(c) for c in columns}}

@@ -26,6 +26,7 @@ from ssepa_lib.workbook.figures.style import CLASS_COLOURS
 
 MODULE = Path(__file__).parent / "assets" / "explorer.js"
 LIMIT = 700_000  # bytes of a frozen explorer's data, as base64
+STATE = ("patch", "layer", "weights", "step", "thresholds")  # what the reader chooses
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -75,7 +76,8 @@ class Explorer(anywidget.AnyWidget):
     Attributes:
         patch, layer: the chosen patch, 0..N-1, and layer, None for all layers (microscope, propagation).
         weights: the layer weights, [K] (mixer).
-        step: the chosen step (propagation, timeline).
+        step: the chosen number of steps (propagation) or snapshot (timeline).
+        thresholds: high and low (thresholds), or the two ends of what is uncertain (masks).
     """
 
     _esm = MODULE
@@ -85,6 +87,7 @@ class Explorer(anywidget.AnyWidget):
     layer = traitlets.Int(None, allow_none=True).tag(sync=True)
     weights = traitlets.List(traitlets.Float()).tag(sync=True)
     step = traitlets.Int(0).tag(sync=True)
+    thresholds = traitlets.List(traitlets.Float()).tag(sync=True)
 
     def __init__(self, kind: str, title: str, arrays: Mapping[str, np.ndarray], spec: Mapping, **state: Any):
         anchors = matplotlib.colormaps[CAM_COLOURS](np.linspace(0, 1, 17))
@@ -104,7 +107,7 @@ class Explorer(anywidget.AnyWidget):
     def show(self, other: "Explorer") -> None:
         """Take over the data and the choices of another explorer of any kind; the view in the page stays."""
         with self.hold_sync():
-            for name in ("blob", "patch", "layer", "weights", "step", "spec"):
+            for name in ("blob", *STATE, "spec"):
                 setattr(self, name, getattr(other, name))
 
     @property
@@ -114,7 +117,7 @@ class Explorer(anywidget.AnyWidget):
 
     def page(self) -> str:
         """The frozen explorer as an HTML document of its own."""
-        state = {name: getattr(self, name) for name in ("spec", "patch", "layer", "weights", "step")}
+        state = {name: getattr(self, name) for name in ("spec", *STATE)}
         return _PAGE.format(
             title=html.escape(self.spec["title"]),
             state=_text(state),

@@ -104,3 +104,142 @@ def mixer(
         "background": background,
     }
     return Explorer("mixer", "Layer mixer", arrays, spec, weights=chosen["uniform"])
+
+
+def thresholds(
+    image: Array,
+    cam: Array,
+    *,
+    refined: Array | None = None,
+    mask: Array | None = None,
+    classes: Sequence[str] | None = None,
+) -> Explorer:
+    """From a map to labels: two thresholds, what lies between them ignored.
+
+    Args:
+        image: [3, S, S], 0..255.
+        cam: [h, w] in 0..1, or [C, h, w] with one map per class.
+        refined: the same after the affinity or PAR, [h', w'] or [C, h', w']; to switch to.
+        mask: [S, S]; 0 background, 255 ignored, 1..C in the order of the maps (one map: any id).
+        classes: C names.
+
+    Raises:
+        UserError: shapes that do not fit, or values outside 0..1.
+    """
+    pixels = data.image_pixels(image)
+    size = data.reduced(np.zeros(pixels.shape[:2])).shape
+    given = {"CAM": cam} | ({} if refined is None else {"refined": refined})
+    maps = {name: data.unit_map(values, size) for name, values in given.items()}
+    count = len(maps["CAM"])
+    names = list(classes or [f"class {i + 1}" for i in range(count)])
+    if len(names) != count or any(len(m) != count for m in maps.values()):
+        raise UserError(f"there are {len(names)} class names for {count} maps; give one name per map.")
+    arrays = {"maps": np.stack(list(maps.values()))}
+    if mask is not None:
+        ids = data.mask_ids(mask, pixels)
+        arrays["mask"] = data.reduced(data.object_ids(ids) if count == 1 else ids)
+    spec = {"size": size, "image": data.picture(pixels), "kinds": list(maps), "classes": names}
+    return Explorer("thresholds", "From map to labels", arrays, spec, thresholds=[0.7, 0.25])
+
+
+def propagation(
+    image: Array, affinity: Any, *, cam: Array, mask: Array | None = None, steps: int = 16
+) -> Explorer:
+    """The affinity applied again and again, to the CAM or to one patch.
+
+    Args:
+        image: [3, S, S], 0..255.
+        affinity: `PatchAffinity` or `MatrixAffinity` of this one image; one iteration of it is a step.
+        cam: [N] or [h, w], not negative.
+        mask: [S, S]; 0 background, 255 ignored, any other id the object; adds the IoU.
+        steps: the most that can be chosen.
+
+    Raises:
+        UserError: shapes that do not fit, more than one image, negative affinities.
+    """
+    pixels = data.image_pixels(image)
+    dense, grid = data.dense_affinity(affinity)
+    codes, scales = data.quantise(dense, "uint16")
+    arrays = {"cam": data.patch_map(cam, grid, "the CAM"), "scales": scales, "codes": codes}
+    if mask is not None:
+        arrays["mask"] = data.reduced(data.object_ids(data.mask_ids(mask, pixels)))
+    size = data.reduced(np.zeros(pixels.shape[:2])).shape
+    spec = {"grid": grid, "size": size, "image": data.picture(pixels), "steps": steps}
+    start = int(arrays["cam"].argmax())
+    return Explorer("propagation", "Propagation, step by step", arrays, spec, patch=start, step=1)
+
+
+MAPS = {
+    "cam": "CAM",
+    "aux_cam": "auxiliary CAM",
+    "refined": "refined map",
+    "pseudo_label": "pseudo-label",
+}  # key of a snapshot → caption
+
+
+def timeline(image: Array, snapshots: Sequence[Mapping[str, Any]], history: Any) -> Explorer:
+    """How the maps of one image grow while a network is trained, beside the losses.
+
+    Args:
+        image: [3, S, S], 0..255.
+        snapshots: per snapshot `step` and any of `cam`, `aux_cam`, `refined` ([h, w] in 0..1) and
+            `pseudo_label` (ids [H, W], 255 ignored); the same keys and shapes in each.
+        history: `history.csv` as a table, with the column `step` and one column per loss.
+
+    Raises:
+        UserError: no snapshot, or snapshots that differ in keys or shapes.
+    """
+    pixels = data.image_pixels(image)
+    keys = [key for key in MAPS if snapshots and key in snapshots[0]]
+    if not keys or any(set(s) != set(snapshots[0]) for s in snapshots):
+        raise UserError(f"every snapshot needs a step and the same maps, of {', '.join(MAPS)}.")
+    arrays, maps = {}, {}
+    for key in keys:
+        shapes = {to_numpy(s[key]).shape for s in snapshots}
+        if len(shapes) > 1:
+            raise UserError(f"{key} changes its shape between snapshots: {sorted(shapes)}; keep one size.")
+        each = [s[key] for s in snapshots]
+        labels = key == "pseudo_label"
+        arrays[MAPS[key]] = np.stack(
+            [data.reduced(to_numpy(m)) if labels else data.unit_map(m) for m in each]
+        )
+        maps[MAPS[key]] = {"size": arrays[MAPS[key]].shape[-2:], "labels": labels}
+    spec = {
+        "image": data.picture(pixels),
+        "steps": [int(s["step"]) for s in snapshots],
+        "maps": maps,
+        "history": data.loss_curves(history),
+    }
+    return Explorer("timeline", "Training, step by step", arrays, spec, step=len(snapshots) - 1)
+
+
+def masks(
+    image: Array,
+    activation: Array,
+    edges: Array,
+    order: Array,
+    *,
+    grid: tuple[int, int] | None = None,
+    ratio: float = 0.4,
+    uncertain: tuple[float, float] = (0.2, 0.7),
+) -> Explorer:
+    """Which blocks FSR hides from the student (`fsr.mask_blocks`), for every way of selecting them.
+
+    Args:
+        image: [3, S, S], 0..255.
+        activation: [rows, columns] or flat, 0..1; the auxiliary CAM, its maximum over the classes.
+        edges: the same; strength of the image gradient (`fsr.edge_strength`).
+        order: the same; a random number 0..1 per block.
+        grid: rows and columns of blocks where the three are flat.
+        ratio: share of the blocks that is masked at the start.
+        uncertain: a block is uncertain between these two values.
+
+    Raises:
+        UserError: shapes that do not fit.
+    """
+    pixels = data.image_pixels(image)
+    arrays = {}
+    for name, values in (("activation", activation), ("edges", edges), ("order", order)):
+        arrays[name], grid = data.blocks(values, grid, name)
+    spec = {"grid": grid, "image": data.picture(pixels), "ratio": ratio}
+    return Explorer("masks", "What the student does not see", arrays, spec, thresholds=list(uncertain))

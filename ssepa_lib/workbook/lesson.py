@@ -10,6 +10,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,21 @@ from IPython.display import HTML, Code
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from ssepa_lib.device import describe_device, resolve_device
 from ssepa_lib.errors import UserError, nearest
 from ssepa_lib.evaluation.attention import patch_distances
 from ssepa_lib.evaluation.maps import PARTS, mass_by_part
+from ssepa_lib.labels.crf import crf_available
 from ssepa_lib.paths import PACKAGE
 from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY
 
 PAGE = 25  # lines of source that a reader takes in at once
 COLOURS = {"right": "#1b7837", "wrong": "#b35806", "open": "#4a4a4a"}
+NEEDED = {
+    "torch": "tensors and training",
+    "timm": "the vision transformers",
+    "anywidget": "explorers that can be read back; without a kernel they can still be looked at",
+}  # package → what it is for
 NO_MASKS = "This dataset has no masks, so there is nothing to measure here."
 
 
@@ -85,14 +93,31 @@ def _without_docstrings(text: str) -> str:
     return "\n".join(line for line, b, o in zip(kept, blank, opens, strict=True) if not (b and o))
 
 
-def reveal(guess: str | None, answer: str, why: str = "") -> HTML:
+def check_machine(device: str) -> HTML:
+    """What the workbook found on this machine, and what is missing without it.
+
+    Args:
+        device: auto, cpu or cuda.
+    """
+    crf = "installed" if crf_available() else "not installed"
+    rows = [
+        ["device", describe_device(resolve_device(device)), "a GPU is faster; the CPU does everything"],
+        *([name, version(name), need] for name, need in NEEDED.items()),
+        ["dense CRF", crf, "without it the columns 'CRF' stay empty; everything else works"],
+    ]
+    return HTML(_table(["what", "found here", "what it is for"], rows))
+
+
+def reveal(guess: str | None, answer: str | None, why: str = "") -> HTML:
     """The computed answer to a prediction, beside the reader's own.
 
     Args:
         guess: a letter, or None for a reader who has not guessed.
-        answer: the letter that this run's numbers give.
+        answer: the letter that this run's numbers give; None: there are no masks to measure it with.
         why: a sentence with these numbers.
     """
+    if answer is None:
+        return _box("open", NO_MASKS)
     rest = f"{answer}. {why}".strip()
     if guess is None:
         return _box("open", f"You have not guessed yet. The answer is {rest}")

@@ -1,13 +1,21 @@
-"""The HTML report: every executed notebook as a page, and an index with numbers and figures."""
+"""The HTML report: every executed notebook as a page, and an index that begins with question and answer."""
 
 import base64
 import html
 import io
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssepa_lib.evaluation.results import describe_size, read_results
 from ssepa_lib.files import write_text
+from ssepa_lib.paths import PROJECT
+from ssepa_lib.workbook.figures.style import method_name
+from ssepa_lib.workbook.report_page import markdown, notebook_page, page, takeaways_of, title_of
 
 UNFINISHED = ".unfinished"  # in the name of a copy whose notebook failed or was interrupted
 HEADLINE = {
@@ -17,19 +25,8 @@ HEADLINE = {
     "pseudo_label": "pseudo-label",
     "segmentation": "segmentation",
 }  # output in metrics.json → column
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
-body {{ color: #222 }} h1, h2 {{ line-height: 1.2 }} a {{ color: #0b5fa5 }} .failed {{ color: #b00020 }}
-.note {{ color: #555; font-size: .9rem }} table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd }}
-td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem }}
-figure {{ margin: 0 }} img {{ max-width: 100%; border: 1px solid #ddd }}
-figcaption {{ font-size: .85rem; color: #555 }}
-</style><h1>{title}</h1>{body}</html>
-"""
+QUESTION = "How much of an object can a network find when it is only told that it is there?"
+ARGUMENT = ("04_cams", "04_layers", "06_methods")  # figures that the index shows first, if they exist
 
 
 def read_runs(preset_folder: Path, run_name: str = "") -> dict[str, dict]:
@@ -44,6 +41,12 @@ def read_runs(preset_folder: Path, run_name: str = "") -> dict[str, dict]:
     return {path.parent.name: read_results(path.parent) for path in files}
 
 
+def _setting(split: str, s: dict[str, Any]) -> str:
+    """What the numbers of a run belong to."""
+    size, steps = describe_size(s["size"]), f"{s['steps']} steps of {s['batch']}"
+    return f"{s['data']} {split}: {s['images']} images, {size}, {steps}"
+
+
 def _rows(preset_folder: Path, run_name: str) -> tuple[list[str], list[list[str]], list[str]]:
     """Columns, rows and the distinct settings of the headline table."""
     rows, settings = [], []
@@ -51,9 +54,7 @@ def _rows(preset_folder: Path, run_name: str) -> tuple[list[str], list[list[str]
         for split, result in splits.items():
             values = [result["miou"].get(output) for output in HEADLINE]
             rows.append([run, split, *("–" if value is None else f"{value:.1f}" for value in values)])
-            s = result["setting"]
-            size, steps = describe_size(s["size"]), f"{s['steps']} steps of {s['batch']}"
-            settings.append(f"{s['data']} {split}: {s['images']} images, {size}, {steps}")
+            settings.append(_setting(split, result["setting"]))
     return ["run", "split", *HEADLINE.values()], rows, list(dict.fromkeys(settings))
 
 
@@ -70,14 +71,67 @@ def headline(preset_folder: Path, run_name: str = "") -> str:
     return "\n".join(lines)
 
 
-def _numbers(preset_folder: Path, run_name: str) -> str:
-    columns, rows, settings = _rows(preset_folder, run_name)
-    if not rows:
-        return ""
-    head = "".join(f"<th>{column}</th>" for column in columns)
-    table = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
-    note = html.escape("; ".join(settings)) + ". One confusion matrix over the split."
-    return f'<h2>mIoU, %</h2><table><tr>{head}</tr>{table}</table><p class="note">{note}</p>'
+def _by_method(preset_folder: Path, run_name: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Setting → method → output → mIoU of every seed."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for run, splits in read_runs(preset_folder, run_name).items():
+        name = method_name(run.rpartition("-seed")[0] or run)
+        for split, result in splits.items():
+            setting = _setting(split, result["setting"])
+            outputs = found.setdefault(setting, {}).setdefault(name, {})
+            for output in HEADLINE:
+                if result["miou"].get(output) is not None:
+                    outputs.setdefault(output, []).append(result["miou"][output])
+    return found
+
+
+def _mean(values: Sequence[float]) -> str:
+    """mean ± sd over seeds, or the one value."""
+    if not values:
+        return "–"
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def _table(setting: str, methods: dict[str, dict[str, list[float]]]) -> str:
+    columns = [output for output in HEADLINE if any(output in outputs for outputs in methods.values())]
+    head = "".join(f"<th>{HEADLINE[c]}</th>" for c in columns)
+    rows = []
+    for name, outputs in methods.items():
+        cells = "".join(f"<td>{_mean(outputs.get(c, []))}</td>" for c in columns)
+        seeds = max(map(len, outputs.values()), default=0)
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{seeds}</td>{cells}</tr>")
+    table = f"<table><tr><th>method</th><th>seeds</th>{head}</tr>{''.join(rows)}</table>"
+    note = (
+        f"{html.escape(setting)}. Mean ± standard deviation over seeds; one confusion matrix over the split."
+    )
+    return f'<div class="wide">{table}</div><p class="note">{note}</p>'
+
+
+def _answer(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+    """The answer to the question in two sentences, from the first setting that has results."""
+    if not found:
+        return "No trained run has been evaluated yet."
+    setting, methods = next(iter(found.items()))
+    best = {m: np.mean(o["segmentation"]) for m, o in methods.items() if o.get("segmentation")}
+    said = []
+    if best:
+        name = max(best, key=best.get)
+        said.append(
+            f"Trained with image-level labels alone, {name} labels the pixels of {setting.split(':')[0]} "
+            f"with a mIoU of {_mean(methods[name]['segmentation'])} %."
+        )
+    refined = {
+        m: np.mean(o["refined_cam"]) - np.mean(o["cam"]) for m, o in methods.items() if o.get("refined_cam")
+    }
+    if refined:
+        name = max(refined, key=refined.get)
+        change = "raises" if refined[name] > 0 else "lowers"
+        said.append(
+            f"At best the patch affinity {change} the mIoU of the class activation map from "
+            f"{_mean(methods[name]['cam'])} to {_mean(methods[name]['refined_cam'])} % ({name})."
+        )
+    return " ".join(said) or "The evaluated runs have neither a segmentation nor a refined map yet."
 
 
 def _thumbnail(path: Path) -> str:
@@ -91,26 +145,24 @@ def _thumbnail(path: Path) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _figures(folder: Path) -> str:
+def _figures(folder: Path, count: int = 3) -> str:
+    """The figures that carry the argument; the others stand in the pages."""
+    from PIL import Image
+
+    paths = sorted((folder / "figures").glob("*.png"), key=lambda p: (p.stem not in ARGUMENT, p.stem))[:count]
     items = []
-    for path in sorted((folder / "figures").glob("*.png")):
-        image = f'<img alt="{path.stem}" src="data:image/jpeg;base64,{_thumbnail(path)}">'
-        caption = f"<figcaption>{path.stem.replace('_', ' ')}</figcaption>"
-        items.append(f'<figure><a href="../figures/{path.name}">{image}</a>{caption}</figure>')
-    return f'<h2>Figures</h2><div class="grid">{"".join(items)}</div>' if items else ""
+    for path in paths:
+        with Image.open(path) as image:
+            title = html.escape(image.info.get("Title") or path.stem[3:].replace("_", " "), quote=True)
+        image = f'<img alt="{title}" src="data:image/jpeg;base64,{_thumbnail(path)}">'
+        items.append(
+            f'<figure><a href="../figures/{path.name}">{image}</a><figcaption>{title}</figcaption></figure>'
+        )
+    return f"<h2>Figures</h2>{''.join(items)}" if items else ""
 
 
-def _title(notebook: Any) -> str:
-    """First heading of a notebook."""
-    for cell in notebook.cells:
-        for line in cell.source.splitlines():
-            if line.startswith("# ") and cell.cell_type == "markdown":
-                return line[2:]
-    return ""
-
-
-def _item(path: Path, report: Path, exporter: Any) -> str:
-    """Write the page of one executed notebook; its line of the index."""
+def _item(path: Path, report: Path, around: tuple[str, str]) -> str:
+    """Write the page of one executed notebook; its line of the index, with its takeaways."""
     import nbformat
 
     name, unfinished = path.stem.removesuffix(UNFINISHED), path.stem.endswith(UNFINISHED)
@@ -118,31 +170,54 @@ def _item(path: Path, report: Path, exporter: Any) -> str:
         notebook = nbformat.read(path, as_version=4)
     except ValueError:  # the runner was killed while it saved this copy
         return f'<li>{name} <span class="failed">cut short: run it again</span></li>'
-    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
-    write_text(report / f"{path.stem}.html", page)
+    title = title_of(notebook) or name
+    write_text(report / f"{path.stem}.html", notebook_page(notebook, title, *around))
     failed = any(o.get("output_type") == "error" for c in notebook.cells for o in c.get("outputs", []))
     state = "failed" if failed else "cut short"
     mark = f' <span class="failed">last call {state}</span>' if unfinished else ""
-    return f'<li><a href="{path.stem}.html">{html.escape(_title(notebook) or name)}</a>{mark}</li>'
+    said = "" if unfinished else markdown(takeaways_of(notebook))
+    return f'<li><a href="{path.stem}.html">{name[:2]} {html.escape(title)}</a>{mark}{said}</li>'
+
+
+def _origin() -> str:
+    """Environment, date and commit of this report."""
+    from ssepa_lib.workbook.study import environment
+
+    asked = ["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return f"{environment('auto')}; {datetime.now():%Y-%m-%d %H:%M}; commit {commit}"
 
 
 def write_report(preset_folder: Path, run_name: str = "") -> Path:
     """Turn executed notebooks into pages and an `index.html`; returns the index.
+
+    The pages load nothing from a network: equations are MathML, explorers are frozen.
 
     Args:
         preset_folder: `<results>/<preset>`, where the runs lie.
         run_name: report of the notebooks in `<preset_folder>/<run_name>/notebooks`; empty: of those in
             `<preset_folder>/notebooks`. The pages are written to the folder `report` beside `notebooks`.
     """
-    from nbconvert import HTMLExporter
-
     folder = preset_folder / run_name
-    report, exporter = folder / "report", HTMLExporter()
-    items = [_item(path, report, exporter) for path in sorted((folder / "notebooks").glob("*.ipynb"))]
-    for page in report.glob(f"*{UNFINISHED}.html"):
-        if not (folder / "notebooks" / f"{page.stem}.ipynb").exists():
-            page.unlink()  # it has succeeded since
-    body = f"{_numbers(preset_folder, run_name)}<h2>Notebooks</h2><ul>{''.join(items)}</ul>{_figures(folder)}"
+    report, copies = folder / "report", sorted((folder / "notebooks").glob("*.ipynb"))
+    pages = ["", *(f"{path.stem}.html" for path in copies), ""]
+    items = [_item(path, report, (pages[i], pages[i + 2])) for i, path in enumerate(copies)]
+    for old in report.glob(f"*{UNFINISHED}.html"):
+        if not (folder / "notebooks" / f"{old.stem}.ipynb").exists():
+            old.unlink()  # it has succeeded since
     title = ", ".join(filter(None, (f"SS-EPA workbook: {preset_folder.name}", run_name)))
-    write_text(report / "index.html", _PAGE.format(title=title, body=body))
+    found = _by_method(preset_folder, run_name)
+    tables = "".join(_table(setting, methods) for setting, methods in found.items())
+    parts = [
+        f"<h1>{html.escape(title)}</h1><p><strong>{QUESTION}</strong></p>",
+        f'<p class="answer">{html.escape(_answer(found))}</p>',
+        f"<h2>mIoU, %</h2>{tables}" if tables else "",
+        _figures(folder),
+        f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>",
+        f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
+    ]
+    write_text(report / "index.html", page(title, "".join(parts)))
     return report / "index.html"

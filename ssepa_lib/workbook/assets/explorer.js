@@ -115,7 +115,7 @@ export function bestThreshold(map, mask) {
 export function hidden({ activation, edges, order }, ratio, selection, low, high) {
   const doubt = activation.map((a) => a > low && a < high ? 1 : 0);
   const key = selection === "edge" ? edges : selection === "random" ? order : order.map((o, i) => o + doubt[i]);
-  const count = Math.ceil(ratio * order.length - 1e-9), out = new Uint8Array(order.length);
+  const count = Math.ceil(ratio * order.length), out = new Uint8Array(order.length);
   Array.from(key.keys()).sort((a, b) => key[b] - key[a]).slice(0, count).forEach((i) => (out[i] = 1));
   return { blocks: selection === "strict" ? out.map((m, i) => m & doubt[i]) : out, doubt };
 }
@@ -126,7 +126,7 @@ font:14px/1.45 system-ui,sans-serif;color:var(--fg);background:var(--bg);padding
 .ssx.dark{--fg:#e8e8e8;--bg:#1c1d1f;--soft:#b0b6bd;--line:#6f757c;--hot:#7cc4ff;--key:#2e3135}
 .ssx *{box-sizing:border-box}.ssx .row{display:flex;flex-wrap:wrap;gap:.4rem .9rem;align-items:center;margin:.35rem 0}
 .ssx .panels{display:flex;flex-wrap:wrap;gap:.8rem;align-items:flex-end}
-.ssx figure{margin:0;width:min(var(--w),calc(50% - .4rem));min-width:8.5rem}
+.ssx figure{margin:0;width:min(var(--w),calc(50% - .4rem));min-width:8.5rem}.ssx figure.wide{width:min(100%,24rem)}
 .ssx figcaption{font-size:13px;margin-bottom:.2rem;min-height:1.4em}.ssx canvas{width:100%;display:block;border-radius:2px}
 .ssx canvas[tabindex]{cursor:crosshair;touch-action:pan-y}
 .ssx :focus-visible{outline:3px solid var(--hot);outline-offset:2px}
@@ -311,6 +311,47 @@ class View {
     pen.fillText(text, x, y);
     pen.textAlign = "left";
   }
+  // Lines over x; `cursor` is marked. Values are 0..1 unless `range` says otherwise.
+  chart(canvas, xs, lines, cursor, label, range = [0, 1]) {
+    canvas.parentNode.classList.add("wide");
+    const pen = canvas.getContext("2d"), { width, height } = canvas, style = getComputedStyle(this.root);
+    const [left, right, top, bottom] = [70, width - 20, 20, height - 62], last = xs[xs.length - 1] || 1;
+    const x = (v) => left + ((right - left) * (v - xs[0])) / (last - xs[0] || 1);
+    const y = (v) => bottom - ((bottom - top) * (v - range[0])) / (range[1] - range[0] || 1);
+    pen.clearRect(0, 0, width, height);
+    pen.font = "24px system-ui,sans-serif";
+    pen.fillStyle = pen.strokeStyle = style.color;
+    pen.lineWidth = 1.5;
+    pen.strokeRect(left, top, right - left, bottom - top);
+    pen.textAlign = "right";
+    for (const v of range) pen.fillText(short(v), left - 8, y(v) + 8);
+    pen.textAlign = "center";
+    for (const v of [xs[0], last]) pen.fillText(v, Math.min(x(v), width - 30), bottom + 28);
+    pen.fillText(label, (left + right) / 2, bottom + 54);
+    pen.setLineDash([4, 6]);
+    pen.beginPath();
+    pen.moveTo(x(cursor), top);
+    pen.lineTo(x(cursor), bottom);
+    pen.stroke();
+    lines.forEach(({ name, values }, i) => {
+      pen.strokeStyle = this.spec.palette[[4, 5, 2][i]];
+      pen.lineWidth = 4;
+      pen.setLineDash([[], [14, 8], [4, 6]][i]);
+      pen.beginPath();
+      values.forEach((v, k) => v !== null && Number.isFinite(v) && pen.lineTo(x(xs[k]), y(v)));
+      pen.stroke();
+      if (!name) return;
+      const at = top + 30 + 32 * i, from = right - 40 - pen.measureText(name).width;
+      pen.beginPath();
+      pen.moveTo(from - 60, at - 8);
+      pen.lineTo(from - 10, at - 8);
+      pen.stroke();
+      pen.textAlign = "left";
+      pen.fillText(name, from, at);
+    });
+    pen.setLineDash([]);
+    pen.textAlign = "left";
+  }
   // Mouse, touch and arrow keys choose a patch of a canvas.
   choose(canvas, [rows, columns], get, put, keys = () => false) {
     canvas.tabIndex = 0;
@@ -468,6 +509,166 @@ KINDS.mixer = (v) => {
       (scores.length ? `; mean IoU of the shown images ${percent(total(scores) / scores.length)} at threshold ${(+cut.input.value).toFixed(2)}.` : ".");
   };
   v.listen("weights");
+};
+
+KINDS.thresholds = (v) => {
+  const { spec, data, model } = v, area = spec.size[0] * spec.size[1], source = picture(spec.image, () => v.draw());
+  let kind = 0;
+  const maps = () => spec.classes.map((_, c) => {
+    const at = (kind * spec.classes.length + c) * area;
+    return Float32Array.from(data.maps.subarray(at, at + area), (x) => x / 255);
+  });
+  const into = v.panels("17rem"), map = v.panel(into, ""), label = v.panel(into, "labels"), truth = data.mask && v.panel(into, "ground truth");
+  const limits = v.scale("map, 0 to 1");
+  const which = v.buttons("map", spec.kinds, (i) => { kind = i; v.draw(); });
+  const put = (high, low) => v.set("thresholds", [high, low]);
+  const high = v.slider("object above", [0, 1, 0.05], 0, (x) => put(x, Math.min(x, model.get("thresholds")[1])));
+  const low = v.slider("background up to", [0, 1, 0.05], 0, (x) => put(Math.max(x, model.get("thresholds")[0]), x));
+  v.add(h("div", { class: "row" }, spec.kinds.length > 1 ? which.node : "", high.node, low.node));
+  const legend = h("div", { class: "row soft" });
+  spec.classes.forEach((name, i) => {
+    const chip = h("span", { class: "chip" });
+    chip.style.background = spec.palette[i % spec.palette.length];
+    legend.append(h("span", {}, chip, name));
+  });
+  const white = h("span", { class: "chip" });
+  white.style.background = "#fff";
+  legend.append(h("span", {}, white, "ignored"));
+  v.add(legend);
+  const status = v.status();
+  v.note("Values between the two thresholds are in doubt and ignored; with equal thresholds nothing is.");
+  v.draw = () => {
+    const [top, bottom] = model.get("thresholds"), values = maps(), ids = threshold(values, top, bottom);
+    const best = values.reduce((a, b) => a.map((x, i) => Math.max(x, b[i])));
+    v.heat(map.canvas, source.grey, best, spec.size, [0, 1]);
+    map.caption.textContent = spec.kinds[kind] + (values.length > 1 ? ", maximum over the classes" : "");
+    v.labels(label.canvas, source.image, ids, spec.size);
+    if (truth) v.labels(truth.canvas, source.image, data.mask, spec.size);
+    limits(0, 1);
+    high.show(top);
+    low.show(bottom);
+    which.press(kind);
+    const share = (test) => percent(ids.filter(test).length / area);
+    const scores = data.mask ? values.map((_, c) => iou(ids, data.mask, c + 1)).filter(Number.isFinite) : [];
+    status.textContent = `${spec.kinds[kind]}: ${share((x) => x && x < 255)} object, ${share((x) => x === 255)} ignored, ${share((x) => !x)} background` +
+      (scores.length ? `; IoU ${percent(total(scores) / scores.length)}, where ignored pixels count as not found.` : ".");
+  };
+  v.listen("thresholds");
+};
+
+KINDS.propagation = (v) => {
+  const { spec, data, model } = v, [rows, columns] = spec.grid, n = rows * columns, source = picture(spec.image, () => v.draw());
+  const matrix = { codes: data.codes, scales: data.scales, top: 65535, n };
+  let drop = false, series = [], key = "";
+  const into = v.panels("18rem"), main = v.panel(into, ""), curve = v.panel(into, "", 1.5);
+  const limits = v.scale("map, min-max");
+  const begin = v.buttons("start from", ["the CAM", "one patch"], (i) => { drop = !!i; v.draw(); });
+  const step = v.slider("steps", [0, spec.steps, 1], 0, (x) => v.set("step", x), 0);
+  v.add(h("div", { class: "row" }, begin.node, step.node));
+  const status = v.status();
+  v.note("Click the image, or use the arrow keys on it, to let a drop of value spread from one patch.");
+  v.choose(main.canvas, spec.grid, () => model.get("patch"), (p) => { drop = true; v.set("patch", p); });
+  const follow = () => {
+    const now = drop ? model.get("patch") : "cam";
+    if (now === key) return;
+    key = now;
+    let map = drop ? Float32Array.from({ length: n }, (_, i) => +(i === now)) : data.cam;
+    series = [];
+    for (let t = 0; t <= spec.steps; t++, map = propagate(matrix, map)) {
+      const spread = highest(map) - lowest(map), full = normalise(resize(map.map((x) => x / (highest(map) || 1)), spec.grid, spec.size));
+      series.push({ map, full, spread, best: data.mask && !drop ? bestThreshold(full, data.mask)[0] : null });
+    }
+  };
+  v.draw = () => {
+    follow();
+    const t = model.get("step"), now = series[t], start = series[0].spread || 1;
+    v.heat(main.canvas, source.grey, now.full, spec.size, [0, 1]);
+    if (drop) v.outline(main.canvas, model.get("patch"), spec.grid);
+    main.caption.textContent = `after ${t} ${t === 1 ? "step" : "steps"}`;
+    const lines = [{ name: "contrast left", values: series.map((s) => s.spread / start) }];
+    if (now.best !== null) lines.push({ name: "best IoU", values: series.map((s) => s.best) });
+    v.chart(curve.canvas, series.map((_, i) => i), lines, t, "steps");
+    curve.caption.textContent = lines.length > 1 ? "solid: contrast left; dashed: IoU at the best threshold" : "contrast left";
+    limits(0, 1);
+    step.show(t);
+    begin.press(+drop);
+    const from = drop ? `One drop at patch ${model.get("patch")}` : "The CAM";
+    status.textContent = `${from} after ${t} ${t === 1 ? "step" : "steps"}: ${percent(now.spread / start)} of the contrast between patches is left` +
+      (now.best === null ? "." : `; IoU at the best threshold ${percent(now.best)}.`);
+  };
+  v.listen("step", "patch");
+};
+
+KINDS.timeline = (v) => {
+  const { spec, data, model } = v, source = picture(spec.image, () => v.draw()), names = Object.keys(spec.maps);
+  const into = v.panels("13rem"), shown = names.map((name) => v.panel(into, name));
+  const limits = v.scale("maps, 0 to 1");
+  const step = v.slider("snapshot", [0, spec.steps.length - 1, 1], 0, (x) => v.set("step", x), 0);
+  const terms = Object.keys(spec.history.terms), chart = terms.length && v.panel(v.panels("24rem"), "", 2);
+  let term = 0;
+  const choice = v.buttons("loss", terms, (i) => { term = i; v.draw(); });
+  v.add(h("div", { class: "row" }, step.node), terms.length ? choice.node : "");
+  const status = v.status();
+  v.draw = () => {
+    const i = model.get("step"), at = spec.steps[i];
+    names.forEach((name, k) => {
+      const { size, labels } = spec.maps[name], area = size[0] * size[1], part = data[name].subarray(i * area, (i + 1) * area);
+      if (labels) v.labels(shown[k].canvas, source.image, part, size);
+      else v.heat(shown[k].canvas, source.grey, Float32Array.from(part, (x) => x / 255), size, [0, 1]);
+    });
+    limits(0, 1);
+    step.show(i);
+    let said = "";
+    if (chart) {
+      const xs = spec.history.step, values = spec.history.terms[terms[term]], known = values.filter((x) => x !== null);
+      v.chart(chart.canvas, xs, [{ name: "", values }], at, "training step", [Math.min(0, lowest(known)), highest(known)]);
+      chart.caption.textContent = terms[term];
+      let near = 0;
+      xs.forEach((x, k) => { if (values[k] !== null && x <= at) near = k; });
+      said = values[near] === null ? "" : `; ${terms[term]} ${short(values[near])}`;
+      choice.press(term);
+    }
+    status.textContent = `Snapshot ${i + 1} of ${spec.steps.length}, after training step ${at}${said}.`;
+  };
+  v.listen("step");
+};
+
+KINDS.masks = (v) => {
+  const { spec, data, model } = v, [rows, columns] = spec.grid, source = picture(spec.image, () => v.draw());
+  const kinds = ["random", "loose", "strict", "edge"];
+  let kind = 1;
+  const into = v.panels("17rem"), map = v.panel(into, ""), view = v.panel(into, "what the student sees");
+  const limits = v.scale("activation of a block");
+  const choice = v.buttons("selection", kinds, (i) => { kind = i; v.draw(); });
+  const ratio = v.slider("share masked", [0, 1, 0.05], spec.ratio, () => v.draw());
+  const put = (low, high) => v.set("thresholds", [low, high]);
+  const low = v.slider("uncertain above", [0, 1, 0.05], 0, (x) => put(x, Math.max(x, model.get("thresholds")[1])));
+  const high = v.slider("and below", [0, 1, 0.05], 0, (x) => put(Math.min(x, model.get("thresholds")[0]), x));
+  v.add(h("div", { class: "row" }, choice.node, ratio.node, low.node, high.node));
+  const status = v.status();
+  v.draw = () => {
+    const [from, to] = model.get("thresholds"), share = +ratio.input.value;
+    const { blocks, doubt } = hidden(data, share, kinds[kind], from, to);
+    const edge = kinds[kind] === "edge", shown = edge ? data.edges : data.activation;
+    v.heat(map.canvas, source.grey, shown, spec.grid, [0, edge ? highest(shown) : 1], false);
+    map.caption.textContent = edge ? "image gradient of each block" : "auxiliary activation; framed: uncertain blocks";
+    if (!edge) doubt.forEach((d, i) => d && v.outline(map.canvas, i, spec.grid));
+    const pen = view.canvas.getContext("2d"), w = view.canvas.width / columns, t = view.canvas.height / rows;
+    pen.drawImage(source.image, 0, 0, view.canvas.width, view.canvas.height);
+    blocks.forEach((b, i) => {
+      if (!b) return;
+      pen.fillStyle = "#7a7a7a";
+      pen.fillRect((i % columns) * w, Math.floor(i / columns) * t, w, t);
+      if (doubt[i]) v.outline(view.canvas, i, spec.grid);
+    });
+    limits(0, edge ? highest(shown) : 1);
+    low.show(from);
+    high.show(to);
+    choice.press(kind);
+    const count = total(blocks), unsure = total(doubt), both = blocks.filter((b, i) => b && doubt[i]).length;
+    status.textContent = `${kinds[kind]}: ${count} of ${blocks.length} blocks are hidden; ${unsure} blocks are uncertain, ${both} of them hidden.`;
+  };
+  v.listen("thresholds");
 };
 
 function render({ model, el }) {

@@ -39,8 +39,9 @@ def plot_landmarks(
         plt.Line2D([], [], marker="s", linestyle="", color=LANDMARKS[name], markersize=7, label=name)
         for name in landmarks
     ]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 3}
-    ax.legend(handles=handles, fontsize="small", handletextpad=0.2, columnspacing=0.8, **place)
+    if handles:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 3}
+        ax.legend(handles=handles, fontsize="small", handletextpad=0.2, columnspacing=0.8, **place)
     return ax
 
 
@@ -64,18 +65,20 @@ def plot_part_shares(shares: Array, ax: Axes | None = None, title: str = "") -> 
 
 def plot_maps_with_shares(
     image: Array,
-    maps: Mapping[str, Array],
+    maps: Mapping[str, Array | None],
     shares: Mapping[str, Array] | None = None,
     *,
     landmarks: Mapping[str, int] | None = None,
     grid: tuple[int, int] = (1, 1),
+    title: str = "image",
 ) -> np.ndarray:
     """An image and maps of it beside each other, below each map the share on head, body and ground.
 
     Args:
-        maps: title → map [h, w] in 0..1, all on the same scale.
-        shares: title → [3]; None: no bars.
+        maps: title → map [h, w] in 0..1, all on the same scale; None: under a curtain.
+        shares: title → [3], for some of the maps; None: no bars.
         landmarks, grid: patches to frame on the image.
+        title: of the image.
 
     Returns:
         axes [rows, 1 + maps].
@@ -84,17 +87,27 @@ def plot_maps_with_shares(
     size = (2.4 * (len(maps) + 1), 2.5 + 1.2 * (rows - 1))
     ratios = [2.1, 1][:rows]
     axes = plt.subplots(rows, len(maps) + 1, figsize=size, height_ratios=ratios, squeeze=False)[1]
-    if landmarks:
-        plot_landmarks(image, landmarks, grid, axes[0, 0], "image")
-    else:
-        plot_image(image, axes[0, 0], "image")
-    for ax, (title, values) in zip(axes[0, 1:], maps.items(), strict=True):
-        plot_cam(values, image, ax, title, bar="activation, 0 to 1" if ax is axes[0, -1] else "")
+    plot_landmarks(image, landmarks or {}, grid, axes[0, 0], title)
+    shown = [name for name, values in maps.items() if values is not None]
+    for ax, (name, values) in zip(axes[0, 1:], maps.items(), strict=True):
+        if values is None:
+            _plot_curtain(to_pixels(image).shape[:2], ax, name)
+        else:
+            plot_cam(values, image, ax, name, bar="activation, 0 to 1" if name == shown[-1] else "")
     if shares is not None:
         axes[1, 0].remove()
-        for ax, title in zip(axes[1, 1:], maps, strict=True):
-            plot_part_shares(shares[title], ax)
+        for ax, name in zip(axes[1, 1:], maps, strict=True):
+            if name in shares:
+                plot_part_shares(shares[name], ax)
+            else:
+                ax.remove()
     return axes
+
+
+def _plot_curtain(size: tuple[int, int], ax: Axes, title: str) -> None:
+    """A grey panel with a question mark in the place of an image of `size` (height, width)."""
+    plot_image(np.full((*size, 3), 200, np.uint8), ax, title)
+    ax.text(size[1] / 2, size[0] / 2, "?", fontsize=28, color="0.4", ha="center", va="center")
 
 
 def plot_landmark_rows(
