@@ -17,6 +17,7 @@ from ssepa_lib.model import Attention, LayerWeights, PatchAffinity
 from ssepa_lib.recipe import ReinforceConfig
 from ssepa_lib.workbook import explorers
 from ssepa_lib.workbook.explorer_host import LIMIT, MODULE, pack
+from ssepa_lib.workbook.memory_study import STRATEGIES, largest_side, step_bytes
 
 GRID, LAYERS, SIDE = (4, 4), 3, 32
 
@@ -278,3 +279,23 @@ def test_one_view_can_take_over_another(image, mask):
     )
     view.show(other)
     assert view.spec["kind"] == "propagation" and view.blob == other.blob and view.step == 1
+
+
+@pytest.mark.parametrize("value", [2, 4])
+def test_the_memory_explorer_counts_as_the_library_does(script, value):
+    sizes = {"batch": 3, "layers": 5, "heads": 4, "width": 96, "patch": 8, "prefix": 1, "value": value}
+    sizes |= {"scale": 1.5, "flip": True}
+    found = script("stepBytes", json.dumps({"side": 104} | sizes))
+    for strategy in STRATEGIES:
+        exact = step_bytes(104, strategy, **sizes)
+        assert found["kept"] == exact["kept"] and found["maps"][strategy] == exact["maps"]
+        largest = script("largestSide", json.dumps(sizes), json.dumps(strategy), 3e8)
+        assert largest == largest_side(strategy, 3e8, **sizes)
+
+
+def test_the_memory_explorer_starts_where_it_is_told():
+    view = explorers.memory(side=224, budget=8)
+    assert view.spec["sliders"]["side"] == ["image side, pixels", [16, 1536, 16], 224]
+    assert view.spec["sliders"]["budget"][2] == 8 and "http" not in view.page()
+    with pytest.raises(UserError, match="patch is 0"):
+        explorers.memory(patch=0)

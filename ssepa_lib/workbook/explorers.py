@@ -243,3 +243,40 @@ def masks(
         arrays[name], grid = data.blocks(values, grid, name)
     spec = {"grid": grid, "image": data.picture(pixels), "ratio": ratio}
     return Explorer("masks", "What the student does not see", arrays, spec, thresholds=list(uncertain))
+
+
+def memory(
+    *,
+    side: int = 448,
+    batch: int = 1,
+    layers: int = 12,
+    heads: int = 12,
+    width: int = 768,
+    patch: int = 16,
+    prefix: int = 1,
+    budget: int = 24,
+) -> Explorer:
+    """What the encoder and the maps of the affinity take, by formula (`memory_study.step_bytes`).
+
+    Args:
+        side, batch, layers, heads: S, B, K, H at the start; all of them can be changed.
+        width, patch, prefix: D, side of a patch in pixels, P.
+        budget: memory at the start, GB of 10⁹ bytes.
+
+    Raises:
+        UserError: a size below 1.
+    """
+    given = {"side": side, "batch": batch, "layers": layers, "heads": heads, "budget": budget}
+    for name, size in (given | {"width": width, "patch": patch}).items():
+        if size < 1:
+            raise UserError(f"{name} is {size}; it must be at least 1.")
+    ranges = {
+        "side": ("image side, pixels", (patch, max(1536, side), patch)),
+        "batch": ("images per step", (1, max(16, batch), 1)),
+        "layers": ("layers K", (1, max(24, layers), 1)),
+        "heads": ("heads H", (1, max(24, heads), 1)),
+        "budget": ("memory, GB", (1, max(80, budget), 1)),
+    }
+    sliders = {name: [label, list(limits), given[name]] for name, (label, limits) in ranges.items()}
+    spec = {"sliders": sliders, "width": width, "patch": patch, "prefix": prefix}
+    return Explorer("memory", "What fits into memory", {}, spec)

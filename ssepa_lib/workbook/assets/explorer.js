@@ -120,6 +120,26 @@ export function hidden({ activation, edges, order }, ratio, selection, low, high
   return { blocks: selection === "strict" ? out.map((m, i) => m & doubt[i]) : out, doubt };
 }
 
+// Bytes of one step: what the encoder keeps for the backward pass, and the maps of each strategy.
+export function stepBytes({ side, batch, layers, heads, width, patch, prefix, value, scale, flip }) {
+  const patches = Math.round(side / patch) ** 2, rows = batch * (patches + prefix), stream = 4 * rows * width;
+  const block = 2 * stream + 16 * rows + 14 * rows * width * value + 4 * rows * heads, pixels = 3 * side * side;
+  const copies = value === 4 ? 0 : value * (layers * 12 * width ** 2 + Math.floor((width * pixels) / patches));
+  const map = batch * (flip ? 2 : 1) * (Math.round((side * scale) / patch) ** 2 + prefix) ** 2 * value;
+  const kept = layers * block + stream + 8 * rows + batch * pixels * value + copies;
+  return { kept, maps: { stack_heads: layers * heads * map, stack_layers: layers * map, matrix_free: 0 } };
+}
+
+// Side of the largest image, a multiple of the patch, whose step fits into so many bytes.
+export function largestSide(sizes, strategy, budget) {
+  let side = 0;
+  for (; side + sizes.patch <= 16384; side += sizes.patch) {
+    const { kept, maps } = stepBytes({ ...sizes, side: side + sizes.patch });
+    if (kept + maps[strategy] > budget) break;
+  }
+  return side;
+}
+
 // ---------------------------------------------------------------- drawing
 const STYLE = `.ssx{--fg:#1b1b1b;--bg:#fff;--soft:#59606a;--line:#9aa0a6;--hot:#0b5fa5;--key:#eef1f4;
 font:14px/1.45 system-ui,sans-serif;color:var(--fg);background:var(--bg);padding:.6rem;box-sizing:border-box;max-width:60rem}
@@ -669,6 +689,57 @@ KINDS.masks = (v) => {
     status.textContent = `${kinds[kind]}: ${count} of ${blocks.length} blocks are hidden; ${unsure} blocks are uncertain, ${both} of them hidden.`;
   };
   v.listen("thresholds");
+};
+
+KINDS.memory = (v) => {
+  const { spec } = v, names = { stack_heads: "every head", stack_layers: "head means", matrix_free: "matrix-free" };
+  let value = 4, large = false;
+  const chart = v.panel(v.panels("40rem"), "", 2.4);
+  chart.canvas.parentNode.classList.add("wide");
+  const redraw = () => v.draw();
+  const sliders = Object.fromEntries(Object.entries(spec.sliders).map(([name, [label, range, start]]) => [name, v.slider(label, range, start, redraw, 0)]));
+  const bytes = v.buttons("numbers of", ["4 bytes", "2 bytes"], (i) => { value = i ? 2 : 4; v.draw(); });
+  const pass = v.buttons("maps of", ["scale 1", "scale 1.5 and flip"], (i) => { large = !!i; v.draw(); });
+  v.add(h("div", { class: "sliders" }, ...Object.values(sliders).map((s) => s.node)), h("div", { class: "row" }, bytes.node, pass.node));
+  const status = v.status();
+  v.note(`Width ${spec.width}, patches of ${spec.patch} pixels. Weights, optimizer and the other losses come on top.`);
+  v.draw = () => {
+    const chosen = Object.fromEntries(Object.entries(sliders).map(([name, s]) => [name, +s.input.value]));
+    const sizes = { ...chosen, width: spec.width, patch: spec.patch, prefix: spec.prefix, value, scale: large ? 1.5 : 1, flip: large };
+    const { kept, maps } = stepBytes(sizes), budget = chosen.budget * 1e9, pen = chart.canvas.getContext("2d");
+    const { width, height } = chart.canvas, left = 150, room = width - left - 90, top = Math.max(budget, kept + maps.stack_heads);
+    const x = (size) => left + (room * size) / top, style = getComputedStyle(v.root), said = [];
+    pen.clearRect(0, 0, width, height);
+    pen.font = "22px system-ui,sans-serif";
+    Object.entries(names).forEach(([strategy, name], i) => {
+      const y = 14 + (i * (height - 50)) / 3, thick = (height - 50) / 3 - 18, end = x(kept + maps[strategy]);
+      pen.fillStyle = spec.palette[4];
+      pen.fillRect(left, y, x(kept) - left, thick);
+      pen.fillStyle = spec.palette[0];
+      pen.fillRect(x(kept), y, end - x(kept), thick);
+      pen.fillStyle = style.color;
+      pen.textAlign = "right";
+      pen.fillText(name, left - 10, y + thick / 2 + 8);
+      pen.textAlign = "left";
+      pen.fillText(((kept + maps[strategy]) / 1e9).toPrecision(3), end + 8, y + thick / 2 + 8);
+      said.push(`${name} ${((kept + maps[strategy]) / 1e9).toPrecision(3)} GB, at most ${largestSide(sizes, strategy, budget)} pixels`);
+    });
+    pen.strokeStyle = style.color;
+    pen.lineWidth = 2.5;
+    pen.setLineDash([10, 6]);
+    pen.beginPath();
+    pen.moveTo(x(budget), 4);
+    pen.lineTo(x(budget), height - 34);
+    pen.stroke();
+    pen.setLineDash([]);
+    pen.textAlign = "center";
+    pen.fillText(`${chosen.budget} GB`, Math.min(x(budget), width - 40), height - 10);
+    bytes.press(value === 2 ? 1 : 0);
+    pass.press(+large);
+    chart.caption.textContent = "blue: kept by the encoder for the backward pass; orange: maps of the affinity; in GB";
+    chart.canvas.setAttribute("aria-label", said.join("; "));
+    status.textContent = `${said.join("; ")}. Dashed: the memory that you have.`;
+  };
 };
 
 function render({ model, el }) {
