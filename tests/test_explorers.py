@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from py_mini_racer import MiniRacer
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.attention import attention_entropy
 from ssepa_lib.labels.cam import cam_to_label, normalise_cam
 from ssepa_lib.methods.fsr import _uniform, edge_strength, mask_blocks
 from ssepa_lib.model import Attention, LayerWeights, PatchAffinity
@@ -299,3 +300,18 @@ def test_the_memory_explorer_starts_where_it_is_told():
     assert view.spec["sliders"]["budget"][2] == 8 and "http" not in view.page()
     with pytest.raises(UserError, match="patch is 0"):
         explorers.memory(patch=0)
+
+
+def test_every_head_is_sent_with_its_numbers(script, image, mask):
+    attention = affinity().attention
+    view = explorers.heads(image, attention, mask=mask, start=5, names={5: "Body"})
+    maps, sent = [attention.layer_map(k)[0] for k in range(LAYERS)], matrices(view)
+    assert len(sent) == LAYERS * 2 and (view.layer, view.head, view.patch) == (2, 0, 5)
+    exact = maps[1][1, 6, 1:]  # layer 1, head 1, patch 5
+    assert np.allclose(script("row", sent[3], 5), exact, atol=2e-3 * float(exact.max()))
+    entropies = [attention_entropy(m).mean(-1) for m in maps]
+    assert np.allclose(unpacked(view, "entropy"), np.concatenate(entropies), atol=1e-5)
+    share = exact / exact.sum()
+    assert unpacked(view, "own")[3 * 16 + 5] == pytest.approx(float(share[[5, 6, 9, 10]].sum()), abs=1e-5)
+    with pytest.raises(UserError, match="several images"):
+        explorers.heads(image, affinity(batch=2).attention)

@@ -5,12 +5,14 @@ be looked at; what the reader chose can be read back (`view.patch`, `view.layer`
 than 128 pixels are made smaller, and the scores are those of the smaller masks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.model import Attention
 from ssepa_lib.workbook import explorer_data as data
 from ssepa_lib.workbook.explorer_host import Explorer
 from ssepa_lib.workbook.figures.images import Array, to_numpy
@@ -243,6 +245,45 @@ def masks(
         arrays[name], grid = data.blocks(values, grid, name)
     spec = {"grid": grid, "image": data.picture(pixels), "ratio": ratio}
     return Explorer("masks", "What the student does not see", arrays, spec, thresholds=list(uncertain))
+
+
+def heads(
+    image: Array,
+    attention: Attention,
+    *,
+    mask: Array | None = None,
+    start: int = 0,
+    names: Mapping[int, str] | None = None,
+) -> Explorer:
+    """Every head of every layer: how widely it looks, and from where one patch receives in it.
+
+    Args:
+        image: [3, S, S], 0..255.
+        attention: of this one image (batch 1).
+        mask: [S, S] class ids, 0 background, 255 ignored; adds how much stays on the patch's own object.
+        start: the patch shown first, 0..N-1.
+        names: patch → its name.
+
+    Raises:
+        UserError: shapes that do not fit, more than one image, a patch out of range.
+    """
+    pixels, grid = data.image_pixels(image), attention.grid
+    layers, maps, arrays = data.head_maps(attention)
+    if mask is not None:
+        ids = data.patch_ids(data.mask_ids(mask, pixels), grid)
+        arrays["own"] = data.row_facts(maps, grid, ids)["own"]
+    arrays["codes"], arrays["scales"] = data.quantise(maps)
+    spec = {
+        "grid": grid,
+        "image": data.picture(pixels),
+        "layers": layers,
+        "heads": attention.heads,
+        "limit": math.log(attention.patches + attention.num_prefix_tokens),
+        "prefix": attention.num_prefix_tokens > 0,
+        "names": {data.existing_patch(patch, grid): str(name) for patch, name in (names or {}).items()},
+    }
+    shown = {"patch": data.existing_patch(start, grid), "layer": layers[-1]}
+    return Explorer("heads", "Every head of every layer", arrays, spec, **shown)
 
 
 def memory(

@@ -691,6 +691,77 @@ KINDS.masks = (v) => {
   v.listen("thresholds");
 };
 
+KINDS.heads = (v) => {
+  const { spec, data, model } = v, [rows, columns] = spec.grid, n = rows * columns, K = spec.layers.length, H = spec.heads;
+  const source = picture(spec.image, () => v.draw());
+  const layer = () => Math.max(0, spec.layers.indexOf(model.get("layer")));
+  const matrix = (i) => ({ codes: data.codes.subarray(i * n * n, (i + 1) * n * n), scales: data.scales.subarray(i * n, (i + 1) * n), top: 255, n });
+  const pick = (k, head) => { model.set("head", head); v.set("layer", spec.layers[k]); };
+  const into = v.panels("20rem"), main = v.panel(into, ""), dots = v.panel(into, "entropy of every head; the chosen one is filled", 1.5);
+  const all = v.panel(into, "every head of the patch: a column per layer, a line per head", K / H);
+  for (const panel of [dots, all]) panel.canvas.parentNode.classList.add("wide");
+  const limits = v.scale("weight of one patch in the large map (the scale ends at the 99th percentile)");
+  const status = v.status();
+  v.note("Point at a dot or click a small map to choose a head, click the large map to choose a patch; arrow keys do the same.");
+  v.choose(main.canvas, spec.grid, () => model.get("patch"), (p) => v.set("patch", p));
+  v.choose(all.canvas, [H, K], () => model.get("head") * K + layer(), (i) => pick(i % K, Math.floor(i / K)));
+  const place = (k, head) => {
+    const { width, height } = dots.canvas, x = 60 + ((width - 80) * (k + 0.5 + 0.6 * ((head + 0.5) / H - 0.5))) / K;
+    return [x, height - 40 - ((height - 70) * data.entropy[k * H + head]) / spec.limit];
+  };
+  dots.canvas.onpointermove = dots.canvas.onpointerdown = (event) => {
+    const box = dots.canvas.getBoundingClientRect();
+    const x = ((event.clientX - box.left) * dots.canvas.width) / box.width, y = ((event.clientY - box.top) * dots.canvas.height) / box.height;
+    for (let k = 0; k < K; k++) for (let head = 0; head < H; head++) {
+      const [a, b] = place(k, head);
+      if (Math.hypot(a - x, b - y) < 16 && (k !== layer() || head !== model.get("head"))) return pick(k, head);
+    }
+  };
+  const end = (map) => Math.max(quantile(map, 0.99), 1e-12);
+  v.draw = () => {
+    const patch = model.get("patch"), k = layer(), head = model.get("head"), chosen = k * H + head, map = row(matrix(chosen), patch);
+    v.heat(main.canvas, source.grey, map, spec.grid, [0, end(map)], false);
+    v.outline(main.canvas, patch, spec.grid, MARK, [], spec.names[patch] || "");
+    main.caption.textContent = `layer ${spec.layers[k]}, head ${head}: from where ${spec.names[patch] || `patch ${patch}`} receives`;
+    limits(0, end(map));
+    let pen = all.canvas.getContext("2d");
+    const w = all.canvas.width / K, t = all.canvas.height / H;
+    pen.imageSmoothingEnabled = false;
+    for (let i = 0; i < K * H; i++) {
+      const values = row(matrix(i), patch), top = end(values), x = Math.floor(i / H) * w, y = (i % H) * t;
+      const shade = (c) => [...v.lut[Math.round(255 * Math.min(1, c / top))], 255];
+      pen.drawImage(tile(values, spec.grid, shade), x + 2, y + 2, w - 4, t - 4);
+    }
+    pen.strokeStyle = MARK;
+    pen.lineWidth = 5;
+    pen.strokeRect(k * w + 2, head * t + 2, w - 4, t - 4);
+    pen = dots.canvas.getContext("2d");
+    const { width, height } = dots.canvas, ink = getComputedStyle(v.root).color;
+    pen.clearRect(0, 0, width, height);
+    pen.font = "22px system-ui,sans-serif";
+    pen.fillStyle = pen.strokeStyle = ink;
+    pen.lineWidth = 1.5;
+    pen.strokeRect(60, 30, width - 80, height - 70);
+    pen.textAlign = "right";
+    pen.fillText(short(spec.limit), 54, 38);
+    pen.fillText("0", 54, height - 36);
+    pen.textAlign = "center";
+    for (let i = 0; i < K; i++) pen.fillText(spec.layers[i], 60 + ((width - 80) * (i + 0.5)) / K, height - 12);
+    pen.lineWidth = 3;
+    for (let i = 0; i < K * H; i++) {
+      pen.strokeStyle = pen.fillStyle = spec.palette[(i % H) % spec.palette.length];
+      pen.beginPath();
+      pen.arc(...place(Math.floor(i / H), i % H), i === chosen ? 11 : 7, 0, 7);
+      i === chosen ? pen.fill() : pen.stroke();
+    }
+    const said = [`entropy ${data.entropy[chosen].toFixed(2)} of at most ${spec.limit.toFixed(2)} nats`, `${short(data.distance[chosen])} patches away on average`];
+    if (spec.prefix) said.push(`${percent(data.class_mass[chosen])} to the class token`);
+    if (data.own) said.push(`${percent(data.own[chosen * n + patch])} of what this patch receives comes from its own object`);
+    status.textContent = `Layer ${spec.layers[k]}, head ${head}: ${said.join("; ")}.`;
+  };
+  v.listen("patch", "layer", "head");
+};
+
 KINDS.memory = (v) => {
   const { spec } = v, names = { stack_heads: "every head", stack_layers: "head means", matrix_free: "matrix-free" };
   let value = 4, large = false;

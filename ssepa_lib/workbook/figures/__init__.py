@@ -6,6 +6,12 @@ are given, or on new ones, and return them; none of them calls `show`. The style
 
 from ssepa_lib.workbook.figures.curves import plot_learning_curves, plot_scaling_curves, plot_threshold_curve
 from ssepa_lib.workbook.figures.data import plot_card, plot_parts, plot_samples
+from ssepa_lib.workbook.figures.heads import (
+    head_colours,
+    plot_claim,
+    plot_head_atlas,
+    plot_number_against_miou,
+)
 from ssepa_lib.workbook.figures.images import (
     plot_affinity_row,
     plot_cam,
@@ -52,6 +58,9 @@ __all__ = [
     "plot_class_scores",
     "plot_crop_views",
     "plot_haaf_objectives",
+    "head_colours",
+    "plot_claim",
+    "plot_head_atlas",
     "plot_image",
     "plot_layer_weights",
     "plot_landmark_rows",
@@ -62,6 +71,7 @@ __all__ = [
     "plot_mask_grid",
     "plot_memory_bars",
     "plot_part_shares",
+    "plot_number_against_miou",
     "plot_parts",
     "plot_ranked",
     "plot_runs",
