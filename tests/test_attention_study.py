@@ -1,8 +1,11 @@
 """Numbers about heads on examples that one can check by hand."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
+from toy_network import TwoImages, recipe
 
 from ssepa_lib.model import Attention
 from ssepa_lib.workbook import attention_study
@@ -42,3 +45,24 @@ def test_a_claim_is_tested_seed_by_seed():
     found = attention_study.paired_claim(deep, "fsr", "toco")
     assert found.index.tolist() == [1]
     assert found["entropy"].tolist() == [0.5] and found["entropy_spread"].iloc[0] == pytest.approx(-0.2)
+
+
+class UniformBackbone:
+    """Attends to every patch alike, in two layers of two heads on a grid of 2·2."""
+
+    depth = 2
+
+    def __call__(self, image, capture):
+        nothing = [torch.zeros(len(image), 2, 4, 8)] * 2
+        return SimpleNamespace(attention=Attention(nothing, nothing, 0, (2, 2)))
+
+
+def test_attention_without_preference_stays_on_the_object_by_chance():
+    network = SimpleNamespace(
+        backbone=UniformBackbone(), classifier=SimpleNamespace(weight=torch.zeros(1, device="cpu"))
+    )
+    table = attention_study.own_object_shares(network, recipe(size=8), TwoImages())
+    assert len(table) == 4 and table["chance"].tolist() == [pytest.approx((1 / 2 + 1 / 4) / 2)] * 4
+    assert table["own_object"].tolist() == pytest.approx(table["chance"].tolist())
+    blur = attention_study.head_blur(network, recipe(size=8), TwoImages())
+    assert blur.tolist() == pytest.approx([0, 0], abs=1e-6), "heads that agree lose nothing"
