@@ -30,6 +30,13 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "pretrain": study_commands.pretrain,
 }
 PROGRAM = "python -m ssepa_lib"
+EXIT_CODES = {
+    0: "success",
+    1: "a notebook failed, or data is missing",
+    2: "the input was wrong, or something long was not confirmed; one sentence says what to do",
+    130: "stopped by Ctrl-C; the same command resumes",
+    143: "stopped by the system or a job scheduler; the same command resumes",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +77,8 @@ def parse(name: str, arguments: Sequence[str]) -> Callable[[], int | None]:
             return tyro.cli(bound, prog=f"{PROGRAM} {name}", args=list(arguments), config=config)
     except SystemExit as end:
         if not end.code:
+            if name == "workbook":
+                print(study_commands.notebook_parameters())
             raise
         raise UserError(_unboxed(said.getvalue())) from None
 
@@ -93,5 +102,8 @@ def _overview() -> str:
             *lines,
             "",
             f"{PROGRAM} COMMAND --help shows the options of a command and an example.",
+            "",
+            "exit codes:",
+            *(f"  {code:<4}{meaning}" for code, meaning in EXIT_CODES.items()),
         ]
     )

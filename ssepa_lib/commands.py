@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands, so that help is fast.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.workbook.progress import counter, progress_writer
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="auto takes a GPU if there is one.")]
 TestTime = Literal["single", "ms", "ms_crf"]
@@ -24,6 +26,7 @@ Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, for examp
 Folder = Annotated[Path, arg(metavar="FOLDER")]
 AnyFolder = Annotated[Path | None, arg(metavar="FOLDER")]
 Number = Annotated[int | None, arg(metavar="N")]
+Yes = Annotated[bool, arg(help="Do not ask before something that takes hours.")]
 Changes = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(name="set", metavar="KEY=VALUE", help="Change a setting, for example train.steps=500."),
@@ -37,6 +40,7 @@ def train(
     seed: Number = None,
     changes: Changes = (),
     restart: bool = False,
+    yes: Yes = False,
 ) -> None:
     """Train a recipe, or finish training it.
 
@@ -49,13 +53,19 @@ def train(
         restart: Throw away what the run folder holds.
     """
     from ssepa_lib.compose import load_recipe
+    from ssepa_lib.data import build_dataset
     from ssepa_lib.paths import results_root
     from ssepa_lib.training.trainer import train
+    from ssepa_lib.workbook.plan import confirm, plan
+    from ssepa_lib.workbook.queue import Job
 
     made = load_recipe(recipe, pairs(changes) | ({} if seed is None else {"train.seed": seed}))
     preset, *method = [Path(recipe).stem] if recipe.endswith((".yaml", ".yml")) else recipe.split("/")
     name = run or f"{'-'.join(method) or preset}-seed{made.train.seed}"
-    print(train(made, results_root() / preset / name, resume=not restart, on_step=print_row))
+    folder = results_root() / preset / name
+    build_dataset(made.data, "train")  # missing data is reported before the time
+    confirm(plan([Job(made, folder, {})]), yes)
+    print(train(made, folder, resume=not restart, on_step=follow(name)))
 
 
 def evaluate(
@@ -185,7 +195,7 @@ def data(
     if what != "verify":
         if name:
             raise UserError(f"'{name}' belongs to data verify; write data {what} without it.")
-        print(prepare(what, root, counter(what, "B")).message)
+        print(prepare(what, root, counter(what, "image" if what == "coco" else "B")).message)
         return 0
     results = [verify(each, root) for each in ([name] if name else preparable())]
     for result in results:
@@ -230,22 +240,17 @@ def pairs(items: Sequence[str]) -> dict[str, Any]:
     return dict(item.split("=", 1) for item in items)
 
 
-def counter(what: str, unit: str = "image") -> Callable[[int, int | None], None]:
-    """A progress callback (done, all) that shows a bar on a terminal and nothing elsewhere."""
-    from tqdm import tqdm
-
-    bar = tqdm(desc=what, disable=None, unit=unit, unit_scale=unit == "B")
-
-    def progress(done: int, total: int | None) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return progress
+def follow(label: str) -> Callable[[Mapping[str, Any]], None]:
+    """The progress of a run: a bar on a terminal, otherwise a line per row of its history."""
+    return progress_writer(label) if sys.stderr.isatty() else print_row
 
 
 def print_row(row: Mapping[str, Any]) -> None:
     """One line per row of the training history."""
-    known = ("step", "steps", "lr", "seconds", "seconds_left")
+    if "loss" not in row:
+        print(f"already finished: {row['steps']} steps", flush=True)
+        return
+    known = ("step", "start", "steps", "lr", "seconds", "seconds_left")
     terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in known)
     print(f"step {row['step']}/{row['steps']}  {terms}  {row['seconds_left'] / 60:.1f} min left", flush=True)
 

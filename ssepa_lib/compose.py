@@ -6,6 +6,7 @@ Settings that have been renamed are still understood, wherever they come from.
 """
 
 import difflib
+import itertools
 import logging
 import re
 from collections.abc import Mapping
@@ -59,11 +60,17 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """One setting per line, lists on one line."""
+    """One setting per line, lists on one line, texts with Unicode's line separators in double quotes."""
 
 
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
+)
+_Dumper.add_representer(  # PyYAML would write these three as line breaks and read them as blanks
+    str,
+    lambda dumper, data: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", data, '"' if set(data) & set("\x85\u2028\u2029") else None
+    ),
 )
 
 
@@ -140,13 +147,23 @@ def explain(key: str) -> str:
 
 
 def list_parts() -> str:
-    """The parts of which recipes are made, each with the first line of its file."""
+    """The parts of which recipes are made, each with the first sentence of its file."""
     lines = []
     for kind in KINDS:
         lines.append(f"{kind}:")
         for path in sorted((RECIPES / kind).glob("*.yaml")):
-            lines.append(f"  {path.stem:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            lines.append(f"  {path.stem:20} {_first_sentence(path.read_text(encoding='utf-8'))}")
     return "\n".join(lines)
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment at the top of a file; a full stop before a capital ends it."""
+    comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(_is_comment, text.splitlines()))
+    return re.split(r"(?<=\.) (?=[A-Z])", comment)[0]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 def _files(name: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """Where tensors live and in which precision, and how several processes share a batch."""
 
+import os
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,6 +24,11 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -7,11 +7,26 @@ well as by `dataclasses.replace`; its report becomes one sentence with setting, 
 from dataclasses import MISSING, asdict, field, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import ConfigDict, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from ssepa_lib.errors import UserError, nearest
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Temperature = Annotated[float, Field(gt=0, le=100)]
+Scale = Annotated[float, Field(ge=0.05, le=20)]
+Share = Annotated[float, Field(ge=0.001, le=1)]
+Count = Annotated[int, Field(ge=1, le=100_000_000)]
+Images = Annotated[int, Field(ge=0, le=100_000_000)]
+Pixels = Annotated[int, Field(ge=1, le=8192)]
+Batch = Annotated[int, Field(ge=1, le=65536)]
+Width = Annotated[int, Field(ge=1, le=1_048_576)]
+Scales = Annotated[list[Scale], Field(min_length=1, max_length=16)]
+Dilation = Annotated[int, Field(ge=1, le=512)]
+TWO = Field(min_length=2, max_length=2)  # [low, high] or [first, last]
 
 
 class NotTrained:

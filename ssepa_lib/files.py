@@ -71,18 +71,31 @@ def read_json(path: Path, what: str) -> Any:
         ) from error
 
 
+class FolderInUse(UserError):
+    """Another process holds a lock: wait for it, or do something else first."""
+
+
 class FolderLock:
     """Keeps a second writer out of a folder: `with FolderLock(folder): …`.
 
-    The file `.lock` names the host, the process and the start time of the holder. One left behind by a
+    The lock file names the host, the process and the start time of the holder. One left behind by a
     process of this host that no longer exists is taken over; on another host nobody can tell, so it stays.
 
+    Args:
+        folder: the folder; it is created on entering.
+        name: of the lock file; locks of different names do not exclude each other.
+
     Raises:
-        UserError: on entering, if another holder is alive; the sentence names it.
+        FolderInUse: on entering, if another holder is alive; the sentence names it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = Path(folder) / ".lock"
+    def __init__(self, folder: Path, name: str = ".lock") -> None:
+        self.path = Path(folder) / name
+
+    @property
+    def taken(self) -> bool:
+        """Whether the lock file is there, whoever left it."""
+        return self.path.exists()
 
     def __enter__(self) -> "FolderLock":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +122,7 @@ class FolderLock:
             return
         host, pid, started = _holder(text)
         if host != socket.gethostname() or _alive(pid):
-            raise UserError(
+            raise FolderInUse(
                 f"{self.path.parent} is in use by process {pid} on {host} since {started}; wait for it, "
                 f"or delete {self.path} if that process is gone."
             )

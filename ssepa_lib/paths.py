@@ -1,6 +1,8 @@
 """Where things lie on disk, anchored once. Every path can be moved by an environment variable."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -23,3 +25,18 @@ def folder_root() -> str:
 def weights_root() -> Path:
     """Folder of `<backbone>.safetensors`, read before timm's: `SSEPA_WEIGHTS`, default `data/weights`."""
     return Path(os.environ.get("SSEPA_WEIGHTS") or PROJECT / "data" / "weights")
+
+
+@contextmanager
+def variables_set(**values: str) -> Iterator[None]:
+    """Environment variables that processes started meanwhile inherit; put back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -5,21 +5,19 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import field, fields
 from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
+from ssepa_lib.errors import UserError
 from ssepa_lib.fields import CONFIG, NotTrained, Section
-from ssepa_lib.settings import (
-    HAAF_OBJECTIVES,
-    AffinityConfig,
-    CamConfig,
+from ssepa_lib.settings import HAAF_OBJECTIVES, AffinityConfig, CamConfig, DataConfig, ModelConfig
+from ssepa_lib.train_settings import (
     ContrastConfig,
-    DataConfig,
     EvalConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     ReinforceConfig,
     TrainConfig,
@@ -60,10 +58,35 @@ class Recipe(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self) -> None:
+        losses, kind = self.losses, self.affinity.kind
+        if (losses.aff > 0) != (kind == "learned"):
+            raise UserError(
+                f"losses.aff is {losses.aff:g} and affinity.kind {kind}: the pairs train affinity.kind "
+                "learned and nothing else; use both or neither."
+            )
+        if losses.aux_cls == 0 and max(losses.ptc, losses.ctc, losses.unc) > 0:
+            raise UserError(
+                "losses.aux_cls is 0, so the auxiliary CAM is not trained, but ptc, ctc and unc read it; set "
+                "losses.aux_cls above 0 or those to 0."
+            )
+        if self.contrast.views == "masked" and (losses.ctc == 0 or self.model.aggregator != "class_token"):
+            raise UserError(
+                "contrast.views masked needs losses.ctc above 0 and model.aggregator class_token: it "
+                "contrasts the backbone's own class tokens."
+            )
+
     @property
     def segmentation_step(self) -> int:
         """First step at which the segmentation and energy terms count (2000 of 20 000 in the paper)."""
         return round(self.losses.segmentation_start * self.train.steps)
+
+    @property
+    def affinity_step(self) -> int:
+        """First step whose pseudo-labels use the affinity; the learned one is trained beforehand (AFA)."""
+        learned = self.affinity.kind == "learned"
+        start = round(self.affinity.start * self.train.steps) if learned else 0
+        return max(self.segmentation_step, start)
 
     @property
     def contrast_step(self) -> int:
@@ -91,13 +114,25 @@ class Recipe(Section):
             content.pop("contrast")
         if self.affinity.kind == "none":
             content.pop("affinity")
-        if self.model.aggregator == "class_token":
-            content["model"].pop("keep_class_token", None)
-        if from_fsr:  # whose views have no padding
-            content["losses"].pop("ptc_padding", None)
+        for section, name in self._idle():
+            content.get(section, {}).pop(name, None)
         if self.data.name == "folder":  # elsewhere the name says which dataset it is
             content["data"]["root"] = self.data.root
         return {section: settings for section, settings in content.items() if settings}
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        """Settings that do nothing in this recipe, as (section, name)."""
+        if self.model.aggregator == "class_token":
+            yield "model", "keep_class_token"
+        if self.data.views == "fsr":  # whose views have no padding
+            yield "losses", "ptc_padding"
+        if self.affinity.kind != "learned":
+            yield from (("affinity", name) for name in ("blocks", "radius", "start"))
+        masked = ("mask_share", "mask_block", "mask_empty", "main_from")
+        idle = masked if self.contrast.views == "crops" else ("local_size",)
+        yield from (("contrast", name) for name in idle)
+        if self.optim.schedule != "poly":
+            yield "optim", "power"
 
     def hash(self) -> str:
         """Ten hex digits of the identity: they change whenever the trained weights could."""

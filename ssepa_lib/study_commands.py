@@ -1,13 +1,14 @@
 """Commands on notebooks, studies, tables and benchmarks; see `commands`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, create_mutex_group
 
-from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Run, TestTimes, counter, pairs, print_row
+from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Number, Run, TestTimes, Yes, follow, pairs
 from ssepa_lib.errors import UserError
+from ssepa_lib.workbook.progress import counter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,7 @@ def workbook(
     only: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NN")] = (),
     start: Annotated[str | None, arg(name="from", metavar="NN")] = None,
     parameter: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["-p"], metavar="NAME=VALUE")] = (),
+    yes: Yes = False,
 ) -> int:
     """Run the notebooks headlessly and write the report.
 
@@ -34,7 +36,14 @@ def workbook(
     """
     from ssepa_lib.workbook.runner import run_workbook
 
-    return run_workbook(preset, list(only), start, pairs(parameter))
+    return run_workbook(preset, list(only), start, pairs(parameter), yes=yes)
+
+
+def notebook_parameters() -> str:
+    """What `-p` can set, for the help of `workbook`."""
+    from ssepa_lib.workbook.notebooks import describe_parameters, discover
+
+    return f"parameters of the notebooks, for -p NAME=VALUE:\n{describe_parameters(discover())}"
 
 
 def study(
@@ -44,10 +53,14 @@ def study(
     seeds: tuple[int, ...] = (0, 1, 2),
     splits: tuple[str, ...] = ("val", "train"),
     steps: int = 0,
+    size: Number = None,
     test_time: TestTimes = ("single",),
     run_name: str = "",
     changes: Changes = (),
     device: Device = "auto",
+    processes: Number = None,
+    shard: Annotated[str, arg(metavar="I/N")] = "1/1",
+    yes: Yes = False,
 ) -> None:
     """Train and score several methods with the same seeds: mean, spread and paired differences.
 
@@ -59,26 +72,61 @@ def study(
         seeds: Seeds.
         splits: Splits to score.
         steps: Length of each run; 0: what the recipe says.
+        size: Side to which images are resized for scoring, as in evaluate.
         run_name: Added to the names of the folders.
+        processes: Worker processes; by default one per GPU, without a GPU one per CPU core.
+        shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
     """
-    from ssepa_lib.files import write_atomically, write_text
-    from ssepa_lib.workbook.study import preset_folder, run_study
+    if not (methods and seeds and splits):
+        raise UserError(
+            "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
+        )
+    scoring = {"test_time": test_time, "size": size}
+    options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
+    options |= {"steps": steps, "device": device, "run_name": run_name}
+    runs, missing = _queue((preset, methods, seeds), options, processes, shard, yes)
+    if missing:
+        print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
+    else:
+        write_study(runs, preset, run_name, methods[0], seeds)
 
-    if not methods:
-        raise UserError("study needs one or more methods, for example: study shapes toco ssepa.")
-    runs = run_study(
-        preset,
-        methods,
-        seeds,
-        splits={split: {"test_time": test_time} for split in splits},
-        steps=steps,
-        device=device,
-        run_name=run_name,
-        arms={"": pairs(changes)},
-        progress=announce,
-    )
+
+def _queue(
+    what: tuple[str, Sequence[str], Sequence[int]],
+    options: Mapping[str, Any],
+    processes: int | None,
+    shard: str,
+    yes: bool,
+) -> tuple["pd.DataFrame", int]:
+    """The rows of a study after this shard of it, and how many runs are still missing."""
+    from ssepa_lib.data import build_dataset
+    from ssepa_lib.workbook import queue
+    from ssepa_lib.workbook.plan import confirm, plan
+    from ssepa_lib.workbook.progress import StudyDisplay
+    from ssepa_lib.workbook.study import run_study, study_jobs
+
+    number = queue.number_of_workers(options["device"]) if processes is None else processes
+    if number < 1:
+        raise UserError(f"--processes is {number}; it must be 1 or more.")
+    part = queue.parse_shard(shard)
+    jobs = study_jobs(*what, **options)
+    own = queue.share(jobs, part).values()
+    build_dataset(next(iter(jobs.values())).recipe.data, "train")  # missing data is reported before the time
+    confirm(plan(list(own)), yes)
+    display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
+    with display.show():
+        runs = run_study(*what, **options, report=display, processes=number, shard=part)
+    done = set(zip(runs["method"], runs["seed"], strict=True)) if len(runs) else set()
+    return runs, len(jobs) - len(done)
+
+
+def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:
+    """Write the tables of a study as CSV and Markdown, and print them."""
+    from ssepa_lib.files import write_atomically, write_text
+    from ssepa_lib.workbook.study import preset_folder
+
     path = preset_folder(preset) / "tables" / "-".join(filter(None, ("study", run_name)))
-    text = study_text(runs, methods[0], seeds)
+    text = study_text(runs, base, seeds)
     table = runs.drop(columns="settings")
     write_atomically(path.with_suffix(".csv"), lambda part: table.to_csv(part, index=False))
     write_text(path.with_suffix(".md"), f"{text}\n")
@@ -178,14 +226,16 @@ def haaf(
 
 
 def tables(
-    number: Positional[tuple[Literal[1, 2, 3, 5], ...]] = (1, 2, 3, 5), *, preset: str = "voc"
+    number: Positional[tuple[Literal[1, 2, 3, 5, "field"], ...]] = (1, 2, 3, 5, "field"),
+    *,
+    preset: str = "voc",
 ) -> None:
-    """Print the paper's tables with this workbook's runs beside them.
+    """Print the paper's tables, and one of other single-stage systems, with this workbook's runs beside them.
 
     Example: python -m ssepa_lib tables 3 --preset voc_mini
 
     Args:
-        number: Numbers of the tables.
+        number: Numbers of the tables; field: other systems.
         preset: Data recipe.
     """
     from ssepa_lib.paths import results_root
@@ -210,7 +260,7 @@ def bench(
     Example: python -m ssepa_lib bench affinity step --quick
 
     Args:
-        suite: affinity, step, par, energy, loader, crf or scaling; by default all.
+        suite: affinity, step, par, masks, energy, loader, crf or scaling; by default all.
         out: By default results/bench.
         quick: Smaller sizes, fewer repeats.
         full: ViT-B at 448² on a CPU too (minutes per row).
@@ -256,10 +306,4 @@ def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, se
     """
     from ssepa_lib.benchmarks.pretrain_shapes import pretrain
 
-    print(pretrain(out, steps=steps, seed=seed, on_step=print_row))
-
-
-def announce(label: str) -> Callable[[Mapping[str, Any]], None]:
-    """Say which run begins."""
-    print(label, flush=True)
-    return print_row
+    print(pretrain(out, steps=steps, seed=seed, on_step=follow("pretrain")))

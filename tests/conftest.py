@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,9 @@ from ssepa_lib.data import Batch, build_dataset, train_loader
 from ssepa_lib.methods import TrainStep, take_step
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training import Trainer
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("no deadline")
 
 EVERYTHING = {"cams", "token_label", "pseudo_label"}  # that an objective can need
 

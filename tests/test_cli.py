@@ -1,15 +1,19 @@
 """The command line: every command, what its help says, and bad input in one sentence."""
 
 import inspect
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import yaml
+from conftest import TINY
 
 from ssepa_lib.cli import COMMANDS, main
 from ssepa_lib.compose import load_recipe, save_recipe
+from ssepa_lib.workbook.notebooks import discover
 
 
 @pytest.fixture
@@ -85,10 +89,16 @@ def test_haaf_writes_its_table_and_figure(run, tmp_path, capsys):
         (["submission", "new.tgz"], "--run RUN"),
         (["submission", "new.tgz", "--check"], "no-voc"),
         (["workbook", "--preset", "none_such"], "none_such"),
+        (["workbook", "-p", "preset=voc_mini"], "--preset NAME"),
+        (["workbook", "--only", "03", "-p", "fsr_steps=5"], "belongs to 06_ablations, not to 03_training"),
+        (["workbook", "--only", "03", "-p", "overrides={optim.l: 1}"], "did you mean optim.lr?"),
         (["recipe", "--explain", "model.backbon"], "did you mean model.backbone?"),
         (["data", "voc", "sbd"], "data verify"),
         (["data", "mnist"], "mnist"),
         (["study", "shapes"], "one or more methods"),
+        (["study", "shapes", "toco", "--seeds"], "seeds"),
+        (["study", "shapes", "toco", "--processes", "0"], "must be 1 or more"),
+        (["study", "shapes", "tocoo"], "no method 'tocoo'"),
         (["evaluat"], "did you mean evaluate?"),
         (["evaluate"], "RUN"),
         (["evaluate", "x", "--split"], "--split"),
@@ -168,7 +178,9 @@ def test_set_takes_lists_and_numbers_of_the_backbone(capsys):
 
 def test_options_arrive(monkeypatch):
     seen = {}
-    monkeypatch.setattr("ssepa_lib.workbook.runner.run_workbook", lambda *given: seen.update(workbook=given))
+    monkeypatch.setattr(
+        "ssepa_lib.workbook.runner.run_workbook", lambda *given, yes: seen.update(workbook=(*given, yes))
+    )
     options = [
         "--preset",
         "voc",
@@ -184,7 +196,7 @@ def test_options_arrive(monkeypatch):
         "a=[1, 2]",
     ]
     assert main(["workbook", *options]) == 0
-    assert seen["workbook"] == ("voc", ["03", "04"], "02", {"seed": "1", "a": "[1, 2]"})
+    assert seen["workbook"] == ("voc", ["03", "04"], "02", {"seed": "1", "a": "[1, 2]"}, False)
     monkeypatch.setattr(
         "ssepa_lib.benchmarks.bench.run_suites", lambda *given, **named: seen.update(bench=(given, named))
     )
@@ -204,6 +216,7 @@ def test_study_writes_its_tables(run, tiny, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("ssepa_lib.workbook.study.recipe_for", tiny_recipe)
     options = ["--seeds", "0", "1", "--splits", "val", "--device", "cpu", "--set", "train.steps=2"]
+    options += ["--processes", "1"]
     assert main(["study", "shapes", "toco", "ssepa", "--run-name", "try", *options]) == 0
     out = capsys.readouterr().out
     assert "## val: mIoU, %" in out and "## val: difference from toco" in out and "toco-try-seed1" in out
@@ -236,6 +249,48 @@ def test_help_of_every_command_shows_an_example(command, capsys):
     for name in inspect.signature(COMMANDS[command]).parameters.values():
         if name.kind is name.KEYWORD_ONLY and name.name not in ("changes", "start"):
             assert f"--{name.name.replace('_', '-')}" in shown
+
+
+def test_help_lists_exit_codes_and_notebook_parameters(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {code} +\w", shown, re.M) for code in (0, 1, 2, 130, 143))
+    with pytest.raises(SystemExit):
+        main(["workbook", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for notebook in discover():
+        for name, default in notebook.parameters.items():
+            (line,) = [
+                each
+                for each in lines
+                if each.startswith(f"  {name}={default!r} ")
+                and notebook.comments[name] in each
+                and notebook.name[:2] in each.rpartition("(")[2]
+            ]
+            assert notebook.comments[name]
+
+
+def test_the_list_of_parts_has_whole_sentences(capsys):
+    assert main(["recipe"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 20 and all(line.endswith((".", ":")) for line in lines)
+    (ssepa,) = [line for line in lines if line.split()[0] == "vit_small_depth8"]
+    assert "MLP ratio 3" in ssepa and "Today's" not in ssepa
+
+
+def test_a_scheduler_that_stops_a_run_leaves_no_lock(tmp_path):
+    """SIGTERM, as at the end of a time limit: exit code 143, and the next call resumes."""
+    changes = [f"--set={key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, "-m", "ssepa_lib", "train", "shapes/toco", *changes, "--set=train.steps=90000"]
+    environment = {**os.environ, "SSEPA_RESULTS": str(tmp_path)}
+    with subprocess.Popen([*command, "--yes"], env=environment, stdout=-1, text=True) as process:
+        assert process.stdout.readline().startswith("step 1/90000")
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 143
+    assert (tmp_path / "shapes" / "toco-seed0" / "history.csv").is_file() and not list(
+        tmp_path.rglob(".lock")
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"]])

@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ssepa_lib.workbook import figures
+from ssepa_lib.workbook.figures.images import class_palette
 
 CLASSES = ("circle", "square")
 
@@ -39,11 +40,8 @@ def test_plot_mask_names_the_classes_it_shows(sample):
     ax = figures.plot_mask(mask, CLASSES, title="truth")
     assert legend_texts(ax) == ["square", "not labelled"] and ax.get_title() == "truth"
     colours = ax.images[0].get_array()
-    assert (
-        colours[5, 5].tolist() == [0, 128, 0]
-        and colours[0, 0].tolist() == [255] * 3
-        and not colours[20, 20].any()
-    )
+    assert colours[5, 5].tolist() == [0x56, 0xB4, 0xE9] and colours[0, 0].tolist() == [255] * 3
+    assert (colours[20, 20] == 24).all()
     over = figures.plot_mask(mask, CLASSES, image=image).images[0].get_array()
     assert (over[20] == image[:, 20].T.numpy()).all()  # background shows the image
 
@@ -293,3 +291,78 @@ def test_ranked_bars_are_sorted():
     ax = figures.plot_ranked({"a": 1.0, "b": 3.0}, "mIoU, %", ["a"])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
     assert [bar.get_width() for bar in ax.patches] == [3, 1]
+
+
+def test_a_worse_panel_is_framed_and_the_mass_adds_up(sample):
+    image, mask = sample
+    maps = {"CAM": [torch.zeros(6, 8)], "refined": [torch.ones(6, 8)]}
+    ious, shares = {"CAM": [40.0], "refined": [30.0]}, {name: [[0.5, 0.3, 0.2]] for name in maps}
+    axes = figures.plot_judged_grid([image], [mask], maps, ious, shares, CLASSES, ["square"], "CAM")
+    assert [len(ax.patches) for ax in axes[0]] == [0, 0, 0, 1]
+    assert axes[0, 3].get_xlabel() == "IoU 30 %" and axes[0, 3].xaxis.label.get_color() != "black"
+    (bar,) = axes[0, 3].child_axes
+    assert sum(part.get_width() for part in bar.patches) == pytest.approx(1)
+
+
+def test_better_and_not_better_are_counted():
+    ious = pd.DataFrame({"CAM": [10.0, 20, 30], "a": [20.0, 20, 10]})
+    (ax,) = figures.plot_better_or_worse(ious, "CAM")
+    assert ax.get_title() == "a\nbetter in 1 of 3"
+    assert [len(dots.get_offsets()) for dots in ax.collections] == [1, 2]
+
+
+def test_mass_and_thresholds(sample):
+    ax = figures.plot_mass(pd.DataFrame({"head": [0.2], "body": [0.3], "ground": [0.5]}, index=["CAM"]))
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([20, 30, 50])
+    curves = pd.DataFrame({"CAM": [10.0, 20, 5]}, index=[0.3, 0.5, 0.7])
+    ax = figures.plot_threshold_curves(curves, 0.3)
+    assert ax.lines[1].get_xdata() == [0.5] and ax.lines[2].get_xdata() == [0.3, 0.3]
+
+
+def test_film_case_and_gradients(sample):
+    image, mask = sample
+    axes = figures.plot_film(
+        image, {"map": {"0": torch.rand(24, 32)}, "labels": {"0": mask}}, {"map": ["IoU 3 %"]}
+    )
+    assert axes.shape == (2, 1) and axes[0, 0].get_xlabel() == "IoU 3 %" and len(axes[1, 0].images) == 1
+    axes = figures.plot_case(image, {"CAM": torch.rand(24, 32)}, mask > 0, histograms=True)
+    heights = sum(bar.get_height() for bar in axes[1, 1].patches)
+    assert axes.shape == (2, 2) and heights == pytest.approx(2)  # both sides add up to one
+    norms = pd.DataFrame({"decoder": [1.0, float("nan")]}, index=["seg", "cls"])
+    assert [text.get_text() for text in figures.plot_gradients(norms).texts] == ["1", "×"]
+    ax = figures.plot_arrows([[1, 0], [0, 2]], "ab", ["red", "blue"], plt.subplots()[1], "two")
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["a", "b"]
+
+
+def test_classes_of_a_figure_have_different_colours_although_there_are_few():
+    palette = class_palette([np.array([[1, 9]]), np.array([[17, 255]])])
+    assert len({tuple(palette[i]) for i in (0, 1, 9, 17, 255)}) == 5
+    assert (class_palette([np.array([[9, 0]])])[9] == palette[1]).all()  # alone, a class has its usual colour
+
+
+def luminance(colour):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_class_colours_stand_out_from_the_background():
+    palette = class_palette([np.arange(1, 9)]) / 255
+    for colour in palette[1:9]:
+        assert (luminance(colour) + 0.05) / (luminance(palette[0]) + 0.05) > 3
+
+
+def test_a_low_value_leaves_the_image_visible(sample):
+    values = torch.tensor([[0.0, 1.0]])
+    shown = figures.plot_cam(values, sample[0]).images[1].get_alpha()
+    assert shown.min() == 0 and shown.max() == pytest.approx(0.9)
+    ax = figures.plot_cam(values * 4, sample[0], limits=(0, 4), bar="activation")
+    assert ax.figure.axes[1].get_ylim() == (0, 4)
+
+
+def test_a_saved_figure_carries_its_title(tmp_path):
+    ax = figures.plot_image(np.zeros((8, 8, 3), np.uint8), title="input")
+    with Image.open(figures.save_figure(ax.figure, tmp_path / "a.png")) as image:
+        assert image.info["Title"] == "input"
+    noise = figures.plot_image(np.random.default_rng(0).integers(0, 256, (400, 400, 3)), title="noise")
+    with Image.open(figures.save_figure(noise.figure, tmp_path / "b.png", limit=60_000)) as image:
+        assert image.info["Title"] == "noise"

@@ -1,9 +1,12 @@
 """What trains HAAF: every objective lowers itself, reaches nothing but the MLP, and leaves padding out."""
 
+import math
+
 import pytest
 import torch
 
-from ssepa_lib.methods.haaf import HaafObjective, objectives
+from ssepa_lib.errors import UserError
+from ssepa_lib.methods.haaf import HaafObjective, divergence_from_equal, objectives
 from ssepa_lib.recipe import HAAF_OBJECTIVES
 
 
@@ -25,6 +28,44 @@ def test_every_objective_trains_haaf_and_nothing_else(tiny, step_of, kind, atten
         for p in haaf.parameters():
             p -= 0.002 * p.grad / (1e-8 + sum(q.grad.square().sum() for q in haaf.parameters()).sqrt())
         assert part(step())["haaf"] < before
+
+
+def test_the_divergence_from_equal_weights_by_hand():
+    assert divergence_from_equal(torch.ones(2, 5)) == 0
+    one_layer = torch.tensor([[0.0, 4.0, 0.0, 0.0]])
+    assert divergence_from_equal(one_layer).item() == pytest.approx(math.log(4))
+    two = torch.tensor([[0.0, 4.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]])  # the mean over images
+    assert divergence_from_equal(two).item() == pytest.approx((math.log(4) + math.log(2)) / 2)
+
+
+@pytest.mark.parametrize("kind", ["ncut", "variance", "equivariance"])
+def test_the_prior_adds_the_divergence_and_pulls_towards_equal_weights(tiny, step_of, kind):
+    settings = {"affinity.haaf_objective": kind, "losses.segmentation_start": 0.0}
+    recipe = tiny("ssepa", **settings)
+    trainer, make = step_of(recipe)
+    torch.manual_seed(1)
+    haaf = trainer.network.haaf
+    torch.nn.init.normal_(haaf.mlp[2].weight, std=0.5)
+    step = make()
+    plain = HaafObjective(recipe)(step)["haaf"]
+    prior = HaafObjective(tiny("ssepa", **settings, **{"affinity.haaf_prior": 100.0}))
+    weights = step.refiner.affinity(step.output.attention).weights
+    added = prior(step)["haaf"] - plain
+    if kind != "equivariance":  # which looks at a second pass too
+        torch.testing.assert_close(added, 100 * divergence_from_equal(weights), rtol=1e-3, atol=1e-3)
+    before = divergence_from_equal(weights).item()
+    optimizer = torch.optim.SGD(haaf.parameters(), 1e-4)
+    for _ in range(20):
+        optimizer.zero_grad()
+        prior(step)["haaf"].backward()
+        optimizer.step()
+    after = divergence_from_equal(step.refiner.affinity(step.output.attention).weights).item()
+    assert 0 < after < before
+
+
+def test_a_prior_without_an_objective_is_refused(tiny):
+    with pytest.raises(UserError, match="haaf_prior needs an objective"):
+        tiny("ssepa_affinity", **{"affinity.haaf_prior": 0.1})
 
 
 def test_valid_tokens_lie_mostly_on_the_image(tiny, step_of):

@@ -74,7 +74,7 @@ def test_a_prediction_holds_what_the_parts_give(tiny):
             torch.testing.assert_close(maps.main, cams.main[0, present], **close)
             torch.testing.assert_close(maps.auxiliary, cams.auxiliary[0, present], **close)
             torch.testing.assert_close(maps.refined["refined_cam"], cams.refined[0, present], **close)
-            assert maps.for_labels is maps.refined["refined_cam"]
+            assert maps.final is maps.refined["refined_cam"]
             pseudo = labeler.labels(image.float(), cams.for_labels, label)
             whole = F.interpolate(pseudo[:, None].float(), prediction.size)[0, 0].long()
             assert (prediction.labels("pseudo_label", mode) == whole).float().mean() > 0.99

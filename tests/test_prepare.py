@@ -215,6 +215,14 @@ def test_damaged_archives_leave_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "b.tar"]
 
 
+def test_unpacking_reports_the_bytes_of_the_archive(tmp_path):
+    archive, seen = tar(tmp_path / "a.tar", {f"inner/{i}": bytes(100_000) for i in range(4)}), []
+    unpack(archive, "inner", tmp_path / "target", lambda *given: seen.append(given))
+    size = archive.stat().st_size
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and len(seen) == 5
+    assert {total for _, total in seen} == {size} and [done for done, _ in seen].count(size) == 1
+
+
 @pytest.fixture
 def small(monkeypatch):
     """VOC with 2 training images and 1 for validation, SBD with 5 more lines, COCO with 2 + 1 images."""

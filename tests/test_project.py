@@ -14,7 +14,7 @@ import yaml
 from ssepa_lib import private_api
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
-from ssepa_lib.workbook.runner import discover
+from ssepa_lib.workbook.notebooks import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -101,6 +101,88 @@ def test_every_parameter_is_explained_and_used():
             )
 
 
+# The second edition: predictions, exercises, explorers with a static twin, code that is built and compared.
+
+SECOND_EDITION = {"00": 2, "02": 3, "03": 2, "04": 3}  # number of a notebook → predictions it has at least
+LESSONS = [path for path in FILES if path.stem[:2] in SECOND_EDITION]
+EXPLORER = re.compile(r"\bexplorers\.(\w+)\(")
+
+
+def sections(path):
+    """The cells of a notebook below each heading `##`; what stands before the first one comes first."""
+    found = [[]]
+    for cell in cells(path):
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            found.append([])
+        found[-1].append(cell)
+    return found
+
+
+def heading(section):
+    return section[0].source.splitlines()[0] if section else ""
+
+
+def test_every_lesson_is_there():
+    assert [path.stem[:2] for path in LESSONS] == sorted(SECOND_EDITION)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_opens_with_a_belief_and_one_picture(path):
+    titles = [heading(section) for section in sections(path)]
+    assert titles[1:3] == ["## What you may believe", "## The one picture"]
+    assert titles[-3:] == ["## Exercises", "## Checks", "## Takeaways"]
+    picture = "\n".join(cell.source for cell in sections(path)[2] if cell.cell_type == "code")
+    assert "save_figure(" in picture, "the one picture is saved"
+    assert "Afterwards you can" in " ".join(cells(path)[0].source.split())
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_asks_before_it_shows(path):
+    """Every prediction has options, an empty guess, and an answer that is computed."""
+    code = [cell.source for cell in cells(path) if cell.cell_type == "code"]
+    text = "\n".join(cell.source for cell in cells(path) if cell.cell_type == "markdown")
+    asked = len(re.findall(r"\*\*Predict \d", text))
+    guesses = [source for source in code if re.match(r"guess = ", source)]
+    reveals = [
+        call for source in code for call in re.findall(r"lesson\.reveal\(\s*([^,]+),\s*([^,]+)", source)
+    ]
+    assert asked == len(guesses) == len(reveals) >= SECOND_EDITION[path.stem[:2]]
+    assert all(re.match(r"guess = None  # \S", source) for source in guesses), "no guess is stored in git"
+    assert all(guess == "guess" and not answer.strip().startswith(('"', "'")) for guess, answer in reveals)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_has_two_exercises_with_a_folded_solution(path):
+    (exercises,) = (section for section in sections(path) if heading(section) == "## Exercises")
+    text = "\n".join(cell.source for cell in exercises if cell.cell_type == "markdown")
+    assert re.findall(r"\*\*Exercise (\d)", text) == ["1", "2"]
+    assert sum("lesson.mark(" in cell.source for cell in exercises) == 2
+    solutions = [cell for cell in cells(path) if "solution" in cell.metadata.get("tags", [])]
+    assert len(solutions) == 2 and all(cell in exercises for cell in solutions)
+    for cell in solutions:
+        assert cell.metadata["jupyter"]["source_hidden"] and "assert " in cell.source
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_an_explorer_is_followed_by_its_saved_twin(path):
+    for section in sections(path):
+        code = [cell.source for cell in section if cell.cell_type == "code"]
+        for i, source in enumerate(code):
+            if EXPLORER.search(source):
+                assert any("save_figure(" in later for later in code[i + 1 :]), (
+                    f"{heading(section)}: {source}"
+                )
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_what_is_built_is_compared_with_the_library(path):
+    for section in sections(path):
+        text = "\n".join(cell.source for cell in section if cell.cell_type == "markdown")
+        if "**Build" in text:
+            code = "\n".join(cell.source for cell in section if cell.cell_type == "code")
+            assert re.search(r"\b(allclose|assert_close)\(", code), heading(section)
+
+
 def test_every_recipe_loads():
     names = {
         kind: [path.stem for path in (RECIPES / kind).glob("*.yaml")]
@@ -130,7 +212,7 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 LAYERS = ("data", "model", "labels", "methods", "training", "evaluation", "workbook", "benchmarks")
 COMMANDS = {"__main__", "cli", "commands", "study_commands"}  # above every folder; other files are the ground
 GLOSSARY = {
-    r"\bpictures?\b": "image",
+    r"(?<!one )\bpictures?\b": "image",
     r"\bmirror(ed|s)?\b": "flip",
     r"\bprocessors?\b": "CPU",
     r"\ba training\b": "a run",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ssepa_lib.compose import FORMAT, KEYS, RENAMED, SECTIONS, explain, load_recipe, method_title, save_recipe
@@ -19,7 +19,7 @@ from ssepa_lib.paths import RECIPES
 from ssepa_lib.recipe import AffinityConfig, CamConfig, Recipe, ReinforceConfig
 
 HASHES = Path(__file__).with_name("recipe_hashes.json")
-METHODS = [*sorted(path.stem for path in (RECIPES / "method").glob("*.yaml")), "fsr+ssepa"]
+METHODS = [*sorted(path.stem for path in (RECIPES / "method").glob("*.yaml")), "fsr+ssepa", "mcc+ssepa"]
 NAMES = [
     f"{data.stem}/{method}" for data in sorted((RECIPES / "data").glob("*.yaml")) for method in METHODS
 ] + [f"voc/ssepa/{file.stem}" for file in sorted((RECIPES / "backbone").glob("*.yaml"))]
@@ -347,6 +347,7 @@ def test_identity_covers_only_trained_settings_that_act_and_differ(monkeypatch):
     assert load_recipe("voc/toco", padding).hash() != before[1]
 
 
+@example(steps=1, lr=1e-4, scales=[1.0], title="a\x85b\u2028", root="f\x85#")
 @given(
     steps=st.integers(1, 10**8),
     lr=st.floats(1e-12, 1e30, exclude_min=True),

@@ -1,14 +1,16 @@
 """The runner on tiny notebooks: selection, checks before anything runs, order, failures, products."""
 
 import json
+import re
 
 import nbformat
 import pytest
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.workbook.progress import PROGRESS, Display, progress_writer
+from ssepa_lib.workbook.notebooks import check_parameters, coerce, discover, select
+from ssepa_lib.workbook.progress import PROGRESS, Display, counter, progress_writer
 from ssepa_lib.workbook.report import headline
-from ssepa_lib.workbook.runner import check_parameters, coerce, discover, run_workbook, select
+from ssepa_lib.workbook.runner import run_workbook
 
 DEFAULTS = 'preset = "shapes"\nsteps = 3\nlr = 1e-3\nquick = True\nseeds = [0, 1]'
 
@@ -217,9 +219,14 @@ def test_a_run_tells_the_runner_where_it_is(tmp_path, monkeypatch):
     on_step = progress_writer("toco-seed0")
     display = Display(["03"], target)
     on_step({"step": 200, "steps": 300, "loss": 0.5, "seconds_left": 50.2, "lr": 1e-4})
-    assert display.training() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
+    assert display.line() == "toco-seed0: step 200/300, loss 0.500, 0:50 left"
     on_step({"step": 300, "steps": 300, "loss": 0.5, "seconds_left": 0.0})
-    assert display.training() == ""
+    assert display.line() == ""
+    scoring = counter("toco-seed0, val")
+    scoring(50, 200)
+    assert re.fullmatch(r"toco-seed0, val: image 50/200, \d+:\d\d left", display.line())
+    scoring(200, 200)
+    assert display.line() == ""
 
 
 def test_headline_shows_every_run_with_its_setting(tmp_path):

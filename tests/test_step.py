@@ -14,7 +14,7 @@ from ssepa_lib.methods.toco import ClassTokenContrast
 from ssepa_lib.recipe import HAAF_OBJECTIVES
 from ssepa_lib.training import Trainer
 
-METHODS = ["toco", "ssepa_affinity", "ssepa", "ssepa_fast", "fsr", "fsr+ssepa"]
+METHODS = ["toco", "ssepa_affinity", "ssepa", "ssepa_fast", "fsr", "fsr+ssepa", "mcc", "mcc+ssepa", "afa"]
 
 
 class Passes(list):
@@ -46,9 +46,21 @@ CONTRAST = [(2, 32, True), (6, 16, True)]  # second global view; local crops
 EXPECTED = {
     "toco": [(2, 32, True), *CAM, *CONTRAST],
     "ssepa": [(2, 32, True), *CAM, *CONTRAST],
+    "mcc": [(2, 32, True), *CAM, (2, 32, True)],  # and the masked views, which take the backbone's short way
+    "afa": [(2, 32, True), *CAM],
     # drop path: the image itself once more beside its flip; then the teacher's views and the masked view
     "fsr": [(2, 32, True), (4, 32, False), *CAM[1:], (4, 32, False), (2, 32, True)],
 }
+
+
+def test_the_learned_affinity_is_that_of_the_image_at_the_largest_scale(tiny, trainer_for):
+    recipe = tiny("afa", **{"losses.segmentation_start": 0.0, "affinity.start": 0.5})
+    trainer, batches = trainer_for(recipe)
+    trainer.index = 3
+    seen = passes_of(trainer, next(batches))
+    flips = [(2, 32, False), (4, 16, False), (2, 48, False)]
+    assert [entry[:3] for entry in seen] == [(2, 32, True), (2, 48, False), *flips]
+    assert [entry[4] for entry in seen] == [True, True, False, False, False]
 
 
 # once FSR no longer masks at random: the student's maps of the second view
@@ -61,11 +73,12 @@ def test_the_table_of_forward_passes_is_true(tiny, trainer_for, method, segmenti
     trainer, batches = trainer_for(tiny(method, **{"losses.segmentation_start": 0.0 if segmenting else 1.0}))
     seen = passes_of(trainer, next(batches))
     assert [entry[:3] for entry in seen] == EXPECTED[method]
-    affinity = segmenting and method == "ssepa"
+    affinity = segmenting and method in ("ssepa", "afa")
     decoder = [entry[3] for entry in seen]
     assert decoder == [segmenting] + [False] * (len(seen) - 1), "the decoder runs on the training crop alone"
     captured = [entry[4] for entry in seen]
-    assert captured == [affinity] * 4 + [False] * (len(seen) - 4), "crop and CAM passes give the attention"
+    number = 1 if method == "afa" else 4  # which is not used yet
+    assert captured == [affinity] * number + [False] * (len(seen) - number), "crop and CAM passes give it"
 
 
 @pytest.mark.parametrize(("selection", "more"), [("loose", UNCERTAIN), ("strict", UNCERTAIN), ("edge", [])])
@@ -157,9 +170,9 @@ def test_pseudo_labels_come_from_the_refined_map_and_are_computed_once(tiny, ste
     trainer, make = step_of(recipe)
     seen, labels = [], trainer.labeler.training_labels
 
-    def record(image, cam, label, box):
+    def record(image, cam, label, box, spread):
         seen.append(cam)
-        return labels(image, cam, label, box)
+        return labels(image, cam, label, box, spread)
 
     monkeypatch.setattr(trainer.labeler, "training_labels", record)
     step = make()

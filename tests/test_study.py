@@ -16,7 +16,7 @@ from ssepa_lib.model import LayerWeights
 from ssepa_lib.training import load_run
 from ssepa_lib.workbook import haaf_study, study
 from ssepa_lib.workbook.published import table_3
-from ssepa_lib.workbook.tables import committed, paired_differences, summary
+from ssepa_lib.workbook.tables import collect_runs, committed, paired_differences, summary
 
 TINY = {
     "data.crop": 32,
@@ -98,6 +98,21 @@ def test_study_names_the_setting_of_every_column(study_runs, monkeypatch):
         "- segmentation_ms",
     ]
     assert "scales 1/0.5/1.5 + flip" in lines[1] and "scales 1/1.25/1.5 + flip" in lines[2]
+
+
+def test_a_method_with_a_backbone_has_a_flat_folder(study_runs):
+    names = ["toco", "toco/vit_tiny"]
+    rows = study.run_study("shapes", names, [0], splits={"val": {"images": 4}}, steps=2, arms={"": TINY})
+    assert rows.set_index("method")["run"].to_dict() == {
+        "toco": "toco-seed0",
+        "toco/vit_tiny": "toco-vit_tiny-seed0",
+    }
+    assert summary(rows, ["method"], ["cam"])["method"].tolist() == names
+    assert study.run_folder("shapes", "toco/vit_tiny", 1, "mine").name == "toco-vit_tiny-mine-seed1"
+    network, recipe = study.open_run("shapes", "toco/vit_tiny", 0, device="cpu", steps=2)
+    assert recipe.name == "shapes/toco/vit_tiny"
+    found = collect_runs(study.preset_folder("shapes")).query("run == 'toco-vit_tiny-seed0'").iloc[0]
+    assert (found["method"], found["variant"]) == ("toco", "vit_tiny")
 
 
 def test_a_run_name_has_a_folder_of_its_own(study_runs):

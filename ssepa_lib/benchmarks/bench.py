@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from ssepa_lib.benchmarks.measure import MB, Row
-from ssepa_lib.benchmarks.part_suites import crf, energy, loader, par
+from ssepa_lib.benchmarks.part_suites import crf, energy, loader, masks, par
 from ssepa_lib.benchmarks.setup import Setup, machine, open_setup
 from ssepa_lib.benchmarks.step_suites import affinity, scaling, step
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import write_json, write_text
 from ssepa_lib.paths import results_root
+from ssepa_lib.workbook.progress import counter
 
 SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
-    suite.__name__: suite for suite in (affinity, step, par, energy, loader, crf, scaling)
+    suite.__name__: suite for suite in (affinity, step, par, masks, energy, loader, crf, scaling)
 }
 
 
@@ -89,10 +90,13 @@ def run_suites(
     }
     rows: list[Row] = []
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()), flush=True)
-    for name in suites or SUITES:
+    chosen, progress = suites or list(SUITES), counter("bench", "suite")
+    for done, name in enumerate(chosen):
+        progress(done, len(chosen))
         found = list(rows_of(name, setup))
         rows += found
         absent = f"{name}: needs pydensecrf2, which is not installed.\n"
         print(to_markdown(found) if found else absent, flush=True)
         write_report(out, "bench", report | {"rows": [asdict(row) for row in rows]}, rows)
+    progress(len(chosen), len(chosen))
     return 0

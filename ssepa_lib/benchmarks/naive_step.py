@@ -21,6 +21,7 @@ from ssepa_lib.methods import TrainStep, take_step
 from ssepa_lib.methods.losses import dense_energy, segmentation_loss
 from ssepa_lib.methods.toco import Segmentation
 from ssepa_lib.model import Network, NetworkOutput, evaluating
+from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.randomness import seeded
 from ssepa_lib.recipe import CamConfig, Recipe
 from ssepa_lib.training import Trainer
@@ -56,6 +57,27 @@ def stacked_affinity(refiner: Refiner, maps: list[Tensor], prefix: int) -> Tenso
     descriptor = pooled.mean((-2, -1))  # [B, K]
     weights = torch.ones_like(descriptor) if refiner.haaf is None else refiner.haaf(descriptor)
     return torch.einsum("bk,bkij->bij", weights, stack)[:, prefix:, prefix:] / len(maps)
+
+
+class _HiddenKeys(TorchFunctionMode):
+    """Every attention sees the visible keys alone, bool [B, 1, 1, T]."""
+
+    def __init__(self, visible: Tensor):
+        super().__init__()
+        self.visible = visible
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            kwargs = {**(kwargs or {}), "attn_mask": self.visible}
+        return func(*args, **(kwargs or {}))
+
+
+def masked_class_tokens(backbone: Backbone, image: Tensor, visible: Tensor) -> Tensor:
+    """`Backbone.class_tokens` as published: whole images, whose hidden keys are masked. [B, V, D]."""
+    views, first = visible.shape[1], backbone.num_prefix_tokens
+    keys = F.pad(visible.flatten(0, 1), (first, 0), value=True)  # [B·V, P+N]
+    with _HiddenKeys(keys[:, None, None]):
+        return backbone(image.repeat_interleave(views, 0)).cls.unflatten(0, visible.shape[:2])
 
 
 @dataclass

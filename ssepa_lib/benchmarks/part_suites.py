@@ -1,6 +1,5 @@
-"""Suites over single parts: pixel-adaptive refinement, dense energy, loading and the dense CRF."""
+"""Suites over single parts: refinement (PAR), masked views, dense energy, loading and the dense CRF."""
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -12,15 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.benchmarks import naive_step
-from ssepa_lib.benchmarks.measure import MB, Row, full_step, interleaved, make_row, time_row, wait
+from ssepa_lib.benchmarks.measure import (
+    MB,
+    Row,
+    count_flops,
+    full_step,
+    interleaved,
+    make_row,
+    time_row,
+    wait,
+)
 from ssepa_lib.benchmarks.setup import Setup
 from ssepa_lib.data import IGNORE, train_loader
 from ssepa_lib.data.images import classes_in
 from ssepa_lib.data.voc import VOC_CLASSES
+from ssepa_lib.device import cores
 from ssepa_lib.evaluation.memory import peak_memory
 from ssepa_lib.labels import PseudoLabeler
 from ssepa_lib.labels.crf import crf_available, crf_pool
 from ssepa_lib.methods.losses import dense_energy
+from ssepa_lib.methods.mcc import masked_views
 from ssepa_lib.training import Trainer
 
 
@@ -73,6 +83,35 @@ def _label_row(setup: Setup, image: Tensor, mask: Tensor, labeler: PseudoLabeler
     seconds = interleaved({"ours": ours, "theirs": theirs}, setup)
     setting = f"{count} classes, {side}², batch {size}"
     return time_row("par", "two-threshold labels, time", setting, seconds["ours"], seconds["theirs"])
+
+
+def masks(setup: Setup) -> Iterator[Row]:
+    """A step of MCC with its hidden patches dropped against one with their keys masked, and beside ToCo's."""
+    size = 1 if setup.full and not setup.gpu else 4
+    batch, setting = setup.batch(size), setup.describe(size)
+    block = {"contrast.mask_block": max(1, round(setup.side / 16 / 7))}  # 7×7 blocks, as at 448²
+    recipes = {name: setup.recipe("mcc", batch=size, changes=block) for name in ("dropped", "masked")}
+    recipes["toco"] = setup.recipe("toco", batch=size)
+    trainers = {name: Trainer(recipe, VOC_CLASSES, setup.device) for name, recipe in recipes.items()}
+    backbone = trainers["masked"].network.backbone
+    backbone.class_tokens = partial(naive_step.masked_class_tokens, backbone)
+    seconds = interleaved({n: partial(full_step, trainer, batch) for n, trainer in trainers.items()}, setup)
+    for other, words in (("masked", "keys masked"), ("toco", "ToCo")):
+        name = f"step time of MCC against {words}"
+        yield time_row("masks", name, setting, seconds["dropped"], seconds[other], gain=False)
+    grid = backbone.grid(setup.side, setup.side)
+    regions = torch.ones(size, *grid, dtype=torch.long, device=setup.device)
+    visible, _ = masked_views(regions, recipes["dropped"].contrast, torch.Generator().manual_seed(0))
+
+    def views(trainer: Trainer) -> None:
+        with torch.autocast(setup.device.type, torch.bfloat16, enabled=trainer.bf16):
+            trainer.network.backbone.class_tokens(batch.image, visible).sum().backward()
+
+    both = {name: partial(views, trainers[name]) for name in ("dropped", "masked")}
+    seconds, flops = interleaved(both, setup), count_flops(both["dropped"])
+    target = setup.target("≤ 0.3")
+    name, more = "masked views, forward and backward", {"gain": False, "target": target, "flops": flops}
+    yield time_row("masks", name, setting, seconds["dropped"], seconds["masked"], **more)
 
 
 def energy(setup: Setup) -> Iterator[Row]:
@@ -149,19 +188,19 @@ def crf(setup: Setup) -> Iterator[Row]:
     """Dense CRF over images by worker processes."""
     if not crf_available():
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count, side, classes = (4, 64, 4) if setup.quick else (48 * cores, 320, 6)
+    number = cores()
+    count, side, classes = (4, 64, 4) if setup.quick else (48 * number, 320, 6)
     images, random = setup.images(min(count, 4), side)[0].cpu(), np.random.default_rng(0)
     probabilities = random.dirichlet(np.ones(classes), (side, side)).transpose(2, 0, 1).astype(np.float32)
     jobs = [(images[i % len(images)].permute(1, 2, 0).numpy().copy(), probabilities, i) for i in range(count)]
-    runs = {"all": lambda: list(crf_pool(jobs, cores)), "one": lambda: list(crf_pool(jobs, 1))}
+    runs = {"all": lambda: list(crf_pool(jobs, number)), "one": lambda: list(crf_pool(jobs, 1))}
     seconds = interleaved(runs, Setup(setup.device, True, seconds=0))
     yield time_row(
         "crf",
-        f"CRF by {cores} processes",
+        f"CRF by {number} processes",
         f"{count} images, {side}², {classes} classes",
         seconds["all"],
         seconds["one"],
-        target=setup.target(f"≥ {0.8 * cores:.1f}") if cores > 1 else "",
+        target=setup.target(f"≥ {0.8 * number:.1f}") if number > 1 else "",
         note="start of the processes included",
     )

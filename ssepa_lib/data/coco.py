@@ -37,6 +37,9 @@ def prepare_coco(root: Path, progress: Progress | None = None) -> Outcome:
     The label holds every annotated class. Masks that exist are kept, so an interrupted preparation is
     resumed. Nothing is downloaded.
 
+    Args:
+        progress: called with (images done, images of the split).
+
     Raises:
         UserError: a missing or unreadable JSON, or one of another year.
     """
@@ -44,7 +47,7 @@ def prepare_coco(root: Path, progress: Progress | None = None) -> Outcome:
     for split in IMAGES:
         table = root / "semantic" / f"{split}.csv"
         if not table.is_file():
-            rows = _paint_split(root, split)
+            rows = _paint_split(root, split, progress)
             write_csv(table, ("image", "classes"), rows)
             done.append(f"{len(rows)} {split} images")
     if not done:
@@ -76,14 +79,16 @@ def _read_instances(root: Path, split: str) -> tuple[list[dict], list[dict], dic
     return images, annotations, {category["id"]: i for i, category in enumerate(categories, start=1)}
 
 
-def _paint_split(root: Path, split: str) -> list[tuple[str, str]]:
+def _paint_split(root: Path, split: str, progress: Progress | None) -> list[tuple[str, str]]:
     """Paint the masks of one split; returns the rows (image, classes)."""
     images, annotations, ids = _read_instances(root, split)
     objects: dict[int, list[dict]] = {}
     for annotation in annotations:
         objects.setdefault(annotation["image_id"], []).append(annotation)
     rows = []
-    for image in images:
+    for number, image in enumerate(images, 1):
+        if progress:
+            progress(number, len(images))
         found = objects.get(image["id"])
         if not found:
             continue

@@ -285,7 +285,7 @@ def prepare(name: str, root: Path | None = None, progress: Progress | None = Non
     Args:
         name: one of `preparable()`.
         root: folder of the data; default: the dataset's environment variable or default folder.
-        progress: called with (bytes so far, bytes in all or None) while something is downloaded.
+        progress: called with (done, all or None): bytes downloaded or unpacked, or images converted.
 
     Raises:
         UserError: another name, no host answers, or files that are damaged or in the way.

@@ -6,14 +6,16 @@ the downloader below, which grows a `.part` file across attempts, hosts and runs
 """
 
 import http.client
+import os
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from ssepa_lib.errors import UserError
@@ -113,8 +115,22 @@ class _ResumingDownload:
             raise OSError(f"connection lost after {done} of {total} bytes")
 
 
-def unpack(archive: Path, inner: str, target: Path) -> None:
+def members(tar: tarfile.TarFile, raw: BinaryIO, progress: Progress | None) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar archive, one after the other, with progress by the bytes of its file `raw`."""
+    size = os.fstat(raw.fileno()).st_size
+    for member in tar:
+        yield member
+        if progress:
+            progress(min(raw.tell(), size - 1), size)  # what has been read ahead is not done
+    if progress:
+        progress(size, size)
+
+
+def unpack(archive: Path, inner: str, target: Path, progress: Progress | None = None) -> None:
     """Unpack the folder `inner` of a tar archive to `target`, which appears complete or not at all.
+
+    Args:
+        progress: called with (bytes of the archive read, all).
 
     Raises:
         UserError: a damaged archive, one without `inner`, one with paths that leave the folder, or `target`
@@ -126,8 +142,8 @@ def unpack(archive: Path, inner: str, target: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+        with archive.open("rb") as raw, tarfile.open(fileobj=raw) as tar:
+            tar.extractall(temporary, members(tar, raw, progress), filter="data")
         if not (temporary / inner).is_dir():
             raise UserError(f"{archive}: there is no {inner} in this archive; delete it and download again.")
         if target.is_dir():

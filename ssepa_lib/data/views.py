@@ -96,6 +96,8 @@ class TrainViews(Dataset):
     0.2); the paper leaves the probabilities of blur open and these are DINO's for local and second global
     views. Padding stays black: colours change before it is added.
 
+    AFA (`data.views: plain`): ToCo's crop without jitter and grey.
+
     FSR (`data.views`): a bicubic RandomResizedCrop with flip and jitter (p 0.5), and the augmentation arm if
     the recipe names one; the box is the whole view. `view2`, for FSR's terms, is another such crop, drawn on
     its own.
@@ -110,7 +112,7 @@ class TrainViews(Dataset):
         self.positions = recipe.train.steps * recipe.data.batch
         self.reinforced, self.contrasted = recipe.self_reinforced, recipe.losses.ctc > 0
         colour = [_jitter(0.8), v2.RandomGrayscale(0.2)]
-        self.crop_colour = v2.Compose(colour)
+        self.crop_colour = v2.Identity() if self.data.views == "plain" else v2.Compose(colour)
         self.local_colour = v2.Compose([*colour, v2.RandomApply([_blur], 0.5)])
         crop = v2.RandomResizedCrop(recipe.data.crop, tuple(recipe.contrast.global_scale))
         blur, solarise = v2.RandomApply([_blur], 0.1), v2.RandomSolarize(128, 0.2)

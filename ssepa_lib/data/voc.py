@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssepa_lib.data.datasets import FileDataset, Outcome, Preparation, Verification, refuse_missing, stems
-from ssepa_lib.data.download import DAMAGED, Progress, Source, fetch, unpack
+from ssepa_lib.data.download import DAMAGED, Progress, Source, fetch, members, unpack
 from ssepa_lib.data.images import classes_in, read_mask, write_mask
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import write_text
@@ -76,7 +76,7 @@ def prepare_voc(root: Path, progress: Progress | None = None, source: Source = V
             f"{root} exists but is incomplete ({problems[0].split(';')[0]}); move it away and run again."
         )
     archive = fetch(source, root.parent, progress)
-    unpack(archive, "VOCdevkit/VOC2012", root)
+    unpack(archive, "VOCdevkit/VOC2012", root, progress)
     _require_complete(verify_voc(root), f"{archive} and that folder")
     return Outcome("voc", root, True, f"VOC 2012 is at {root}; {archive} may be deleted.")
 
@@ -116,7 +116,7 @@ def prepare_sbd(root: Path, progress: Progress | None = None, source: Source = S
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        listed = _convert_sbd(archive, temporary, skip=set(train) | set(val))
+        listed = _convert_sbd(archive, temporary, set(train) | set(val), progress)
         ids = sorted((listed | set(train)) - set(val))
         write_text(_list_file(root, "train_aug"), "\n".join(ids) + "\n")
         if masks.is_dir():
@@ -128,12 +128,12 @@ def prepare_sbd(root: Path, progress: Progress | None = None, source: Source = S
     return Outcome("sbd", root, True, f"train_aug has {len(ids)} images at {root}; {archive} may be deleted.")
 
 
-def _convert_sbd(archive: Path, folder: Path, skip: set[str]) -> set[str]:
+def _convert_sbd(archive: Path, folder: Path, skip: set[str], progress: Progress | None) -> set[str]:
     """Write the masks of SBD as PNGs, except those in `skip`; returns the ids of SBD's two lists."""
     listed: set[str] = set()
     try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
+        with archive.open("rb") as raw, tarfile.open(fileobj=raw) as tar:
+            for member in members(tar, raw, progress):
                 path = Path(member.name)
                 wanted = path.suffix == ".mat" and path.parent.name == "cls" and path.stem not in skip
                 if member.isfile() and wanted:

@@ -1,6 +1,5 @@
 """Evaluate a network on a split with masks; evaluate a finished run once, column by column."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssepa_lib.data import SegmentationDataset, measured_split
-from ssepa_lib.device import resolve_device
+from ssepa_lib.device import cores, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.inference import Prediction, Progress, infer
 from ssepa_lib.evaluation.multiscale import top_class
@@ -109,15 +108,7 @@ def evaluate_run(
         The result of that split with every column known so far, see `evaluate`.
     """
     run = RunFolder(folder)
-    recipe = run.recipe()
-    other_size = None if size == recipe.data.eval_size else size
-    if other_size is not None:
-        recipe = replace(recipe, data=replace(recipe.data, eval_size=other_size))
-    dataset = measured_split(recipe, split, images)
-    whole = not images or len(dataset) == len(measured_split(recipe, split))
-    name = result_name(dataset.split, None if whole else len(dataset), other_size)
-    known = read_results(folder).get(name)
-    there = current_columns(known, recipe, len(dataset)) if known else set()
+    recipe, dataset, name, known, there = _stored(run, split, images, size)
     missing = [column for column in column_names(outputs, test_time) if column not in there]
     if known and not missing:
         return known
@@ -127,6 +118,36 @@ def evaluate_run(
         result = merge_results(known, result)
     run.write_metrics(name, result)
     return result
+
+
+def stored_result(
+    folder: Path | str,
+    split: str = "val",
+    *,
+    images: int = 0,
+    size: int | None = None,
+    outputs: Sequence[str] = OUTPUTS,
+    test_time: Sequence[str] = ("single",),
+) -> dict[str, Any] | None:
+    """What `evaluate_run` would return without computing anything; None if something is missing."""
+    *_, known, there = _stored(RunFolder(folder), split, images, size)
+    return known if known and there.issuperset(column_names(outputs, test_time)) else None
+
+
+def _stored(
+    run: RunFolder, split: str, images: int, size: int | None
+) -> tuple[Recipe, SegmentationDataset, str, dict | None, set[str]]:
+    """The recipe and dataset of an evaluation, the name of its result, what is stored, and which columns of
+    that still hold."""
+    recipe = run.recipe()
+    other_size = None if size == recipe.data.eval_size else size
+    if other_size is not None:
+        recipe = replace(recipe, data=replace(recipe.data, eval_size=other_size))
+    dataset = measured_split(recipe, split, images)
+    whole = not images or len(dataset) == len(measured_split(recipe, split))
+    name = result_name(dataset.split, None if whole else len(dataset), other_size)
+    known = read_results(run.path).get(name)
+    return recipe, dataset, name, known, current_columns(known, recipe, len(dataset)) if known else set()
 
 
 def refined_mious(
@@ -229,7 +250,7 @@ def _score(
             truth.append(prediction.label.cpu())
             yield from _count(counts, wanted, prediction, mask)
 
-    for labels, rest in crf_pool(crf_jobs(), processes or os.cpu_count() or 1):
+    for labels, rest in crf_pool(crf_jobs(), processes or cores()):
         column, channels, mask, band = rest
         counts.add_labels(column, channels[torch.from_numpy(labels).long().to(device)], mask, band)
     return {

@@ -37,7 +37,7 @@ class Maps:
     main: Tensor
     auxiliary: Tensor
     refined: Mapping[str, Tensor]  # by the refiner's name; the main map where the refiner is None
-    for_labels: Tensor  # what pseudo-labels are made from: the first refined map, else the main one
+    final: Tensor  # the first refined map, else the main one
 
 
 class Prediction:
@@ -100,7 +100,7 @@ class Prediction:
             channels = torch.arange(len(probabilities), device=self.label.device)
         else:
             maps, background = self.maps("ms"), self._batch.walk.recipe.cam.background
-            probabilities, channels = background_and_cam(maps.for_labels, maps.present, background, self.size)
+            probabilities, channels = background_and_cam(maps.final, maps.present, background, self.size)
         return np.array(self.image), probabilities.cpu().numpy(), channels
 
 
@@ -258,6 +258,15 @@ class _Batch:
             return scale_logits(self.walk.network, self.images, config.scales, config.flip)
         return [self.output().segmentation.float()]
 
+    def _cams(self, mode: str, refiner: Refiner | None) -> Cams:
+        config, first = cam_view(self.walk.recipe.cam, mode), self.output()
+        return multi_scale_cam(self.walk.network, self.images, self.labels, config, refiner, first=first)
+
+    @_once
+    def cams(self, mode: str) -> Cams:
+        """Maps of all images with the first refiner, or without one."""
+        return self._cams(mode, next(iter(self.walk.refiners.values()), None))
+
     @_once
     def maps(self, mode: str) -> list[Maps]:
         """Maps of every image."""
@@ -266,25 +275,18 @@ class _Batch:
         def pack(maps: Tensor) -> list[Tensor]:
             return [m[classes] for m, classes in zip(maps, present, strict=True)]  # B × [P, h, w]
 
-        def cams(refiner: Refiner | None) -> Cams:
-            config, first = cam_view(self.walk.recipe.cam, mode), self.output()
-            return multi_scale_cam(self.walk.network, self.images, self.labels, config, refiner, first=first)
-
-        names = list(self.walk.refiners)
-        first = cams(self.walk.refiners[names[0]] if names else None)
-        main, auxiliary, for_labels = pack(first.main), pack(first.auxiliary), pack(first.for_labels)
-        refined = {name: pack(cams(self.walk.refiners[name]).for_labels) for name in names[1:]}
-        refined = {name: for_labels for name in names[:1]} | refined
+        names, cams = list(self.walk.refiners), self.cams(mode)
+        main, auxiliary, final = pack(cams.main), pack(cams.auxiliary), pack(cams.final)
+        refined = {name: pack(self._cams(mode, self.walk.refiners[name]).final) for name in names[1:]}
+        refined = {name: final for name in names[:1]} | refined
         own = [{name: maps[i] for name, maps in refined.items()} for i in range(len(present))]
-        return [Maps(*parts) for parts in zip(present, main, auxiliary, own, for_labels, strict=True)]
+        return [Maps(*parts) for parts in zip(present, main, auxiliary, own, final, strict=True)]
 
     @_once
     def pseudo_labels(self, mode: str) -> Tensor:
         """[B, h, w] after pixel-adaptive refinement, at the background threshold."""
-        cam = self.images.new_zeros(*self.labels.shape, *self.images.shape[-2:], dtype=torch.float32)
-        for full, maps in zip(cam, self.maps(mode), strict=True):
-            full[maps.present] = maps.for_labels
-        return self.walk.labeler.labels(self.images.float(), cam, self.labels)
+        cams = self.cams(mode)
+        return self.walk.labeler.labels(self.images.float(), cams.for_labels, self.labels, cams.spread)
 
 
 def _base(mode: str) -> str:

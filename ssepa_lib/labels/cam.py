@@ -9,6 +9,7 @@ from torch import Tensor
 from ssepa_lib.labels.calibrate import calibrate
 from ssepa_lib.labels.pseudo_labels import inside
 from ssepa_lib.labels.refine import Refiner
+from ssepa_lib.model.learned_affinity import LearnedAffinity
 from ssepa_lib.model.network import Network, NetworkOutput
 from ssepa_lib.recipe import CamConfig
 
@@ -56,6 +57,7 @@ class Cams:
 
     select: _Selection
     packed: _Packed
+    spread: LearnedAffinity | None = None  # what class scores, background included, are propagated by (AFA)
 
     @property
     def main(self) -> Tensor:
@@ -73,9 +75,15 @@ class Cams:
         return None if self.packed.refined is None else self.select.unpack(self.packed.refined)
 
     @property
-    def for_labels(self) -> Tensor:
-        """The maps that pseudo-labels are made from: refined where there are any (SS-EPA, Section 3.3)."""
+    def final(self) -> Tensor:
+        """The maps to look at and to score: refined where there are any."""
         return self.main if self.packed.refined is None else self.refined
+
+    @property
+    def for_labels(self) -> Tensor:
+        """The maps that pseudo-labels are made from: refined where there are any (SS-EPA, Section 3.3), but
+        the main ones with `spread`, which acts once the background is among the scores."""
+        return self.final if self.spread is None else self.main
 
 
 def normalise_cam(cam: Tensor) -> Tensor:
@@ -126,40 +134,46 @@ def multi_scale_cam(
     their element-wise maximum is taken, then ReLU; the sum over scales is min-max normalised. The affinity
     is applied at each scale, to the ReLU'd map, before resizing. With `affinity.per_scale: false` it is
     applied once, to the sum, at the patches of scale 1: the affinity of the image itself then serves all
-    scales. With `cam.calibrate` the map that labels are made from is calibrated at the end.
+    scales. A learned affinity (AFA) is that of the largest scale. With `cam.calibrate` the map that labels
+    are made from is calibrated at the end.
 
     Args:
         image: [B, 3, H, W], 0..255.
         label: [B, C], 0 or 1; maps of absent classes are zero ("valid CAM").
-        refiner: also return the refined main maps (and refine the auxiliary ones where its configuration
-            says so).
-        first: output of the network on `image` itself, with attention if there is a refiner, when it is
-            already there; saves that pass at scale 1.
-        box: long [B, 4], the part of the image that is not padding; deflation and calibration ignore the
-            rest.
+        refiner: also return the refined main maps (and refine the auxiliary ones where it says so).
+        first: output of the network on `image` itself, with attention if there is a refiner; saves a pass.
+        box: long [B, 4], the part that is not padding; deflation and calibration ignore the rest.
 
     Returns:
         Main, auxiliary and refined maps in 0..1 at the size of the image.
     """
     once = refiner is not None and not refiner.config.per_scale
     per_scale = None if once else refiner
-    if once and first is None:
-        first = network(image, segment=False, capture=True)
+    known = {} if first is None else {1.0: first}  # scale → output of the image there, without its flip
+    source = refiner.scale(config.scales) if once else None
+    if once and source not in known:
+        known[source] = network(_resized(image, source), segment=False, capture=True)
     select, size = _Selection(label), image.shape[-2:]
     valid = None if box is None else inside(box, size).float()  # [B, H, W]
-    totals: _Packed | None = None
+    totals = None
     for scale in config.scales:
-        shared = first if scale == 1 else None
-        maps = _one_scale(network, image, scale, config.flip, select, per_scale, shared, valid)
+        maps = _one_scale(network, image, scale, config.flip, select, per_scale, known.get(scale), valid)
         maps = maps.map(lambda m: _full_size(m.float(), size, config.flip))
         totals = maps if totals is None else totals.map(Tensor.add_, maps)
     if once:
-        totals = _refine_total(refiner, first, totals, valid)
+        totals = _refine_total(refiner, known[source], totals, valid)
+    spread = refiner.spread(known[source].attention) if once else None
     maps = totals.map(normalise_cam)
     if config.calibrate == "otsu":
-        name = "main" if maps.refined is None else "refined"
+        name = "main" if maps.refined is None or spread is not None else "refined"
         maps = replace(maps, **{name: calibrate(getattr(maps, name), valid)})
-    return Cams(select, maps)
+    return Cams(select, maps, spread)
+
+
+def _resized(image: Tensor, scale: float) -> Tensor:
+    """Images [B, 3, H, W] at another scale, float."""
+    x = image.float()
+    return x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 def _one_scale(
@@ -173,9 +187,7 @@ def _one_scale(
     valid: Tensor | None,
 ) -> _Packed:
     """Patch maps of the image at one scale and, with `flip`, of the flipped image, [b·B, P, h, w]."""
-    x = image.float()
-    if scale != 1:
-        x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    x = _resized(image, scale)
     shared = None if first is None else _patch_maps(first, select, refiner, valid)
     views = [x] if first is None else []
     views += [x.flip(-1)] if flip else []
@@ -199,7 +211,7 @@ def _full_size(maps: Tensor, size: torch.Size, flip: bool) -> Tensor:
 
 
 def _refine_total(refiner: Refiner, output: NetworkOutput, totals: _Packed, valid: Tensor | None) -> _Packed:
-    """Sums over scales at image size, refined by the affinity of scale 1."""
+    """Sums over scales at image size, refined by the affinity of one output."""
     size, grid = totals.main.shape[-2:], output.grid
     both = refiner.config.auxiliary
     maps = torch.cat([totals.main, totals.auxiliary], 1) if both else totals.main

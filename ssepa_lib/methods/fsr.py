@@ -6,15 +6,15 @@ of what is left to agree with the teacher's class token of another view of the s
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.device import global_ratio, rank_slice
+from ssepa_lib.device import global_ratio
 from ssepa_lib.labels.cam import multi_scale_cam
+from ssepa_lib.methods.blocks import block_grid, to_patches, uniform
 from ssepa_lib.methods.objective import Objective
 from ssepa_lib.methods.step import TrainStep
 from ssepa_lib.methods.teacher import Teacher
@@ -81,11 +81,10 @@ def mask_blocks(
     Returns:
         bool [B, h·w], True where masked.
     """
-    (h, w), block, batch = grid, config.mask_block, len(image)
-    rows, columns = -(-h // block), -(-w // block)
+    block, batch = config.mask_block, len(image)
+    rows, columns = block_grid(grid, block)
     selection = selection_at(config, fraction)
-    draw = partial(_uniform, blocks=rows * columns, generator=generator)
-    order = rank_slice(draw, batch).to(image.device)  # [B, M]
+    order = uniform(batch, (rows * columns,), generator).to(image.device)  # [B, M]
     if selection == "edge":
         order = edge_strength(image, grid, block).flatten(1)
     elif selection != "random":
@@ -97,8 +96,7 @@ def mask_blocks(
     chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order.topk(count).indices, True)
     if selection == "strict":
         chosen &= uncertain
-    chosen = chosen.view(batch, rows, columns)
-    return chosen.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w].flatten(1)
+    return to_patches(chosen.view(batch, rows, columns), grid, block)
 
 
 class Centers(nn.Module):
@@ -219,8 +217,3 @@ def _project(projector: nn.Module, tokens: Tensor) -> Tensor:
     """Projector in float32: cosines divided by a temperature of 0.04 do not survive bfloat16."""
     with torch.autocast(tokens.device.type, enabled=False):
         return projector(tokens.float())
-
-
-def _uniform(rows: int, blocks: int, generator: torch.Generator) -> Tensor:
-    """Uniform random numbers [rows, blocks] in 0..1."""
-    return torch.rand(rows, blocks, generator=generator, device=generator.device)

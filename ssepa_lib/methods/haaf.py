@@ -5,6 +5,8 @@ here. With A_k the head mean of layer k and M the class activation map, the prod
 once, so that the refined map Σ_k v'_k R_k / K is linear in the weights v'.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,11 @@ def _unit(maps: Tensor) -> Tensor:
     return maps / (maps.amax(1, keepdim=True) + 1e-5)
 
 
+def divergence_from_equal(weights: Tensor) -> Tensor:
+    """KL(v'/K ‖ 1/K) = of layer weights [B, K] of mean 1, averaged over images, 0..log K."""
+    return torch.special.xlogy(weights, weights).mean()
+
+
 class HaafObjective(Objective):
     """One of several ways to train HAAF. r is the refined map in 0..1, y the image label, C the classes
     present.
@@ -51,6 +58,9 @@ class HaafObjective(Objective):
     - ncut: normalised cut of max_c r on the graph of final tokens (`losses.normalised_cut`).
     - variance: share of the variance of the auxiliary tokens which sigmoid(10·(r − 0.5)), as a segmentation,
       does not explain (`losses.unexplained_variance`); r is the map after all iterations of the refiner.
+
+    `affinity.haaf_prior` adds KL(v'/K ‖ 1/K) = mean_k v'_k log v'_k, which is 0 for equal weights and log K
+    for a single layer: no objective here sees a mask, and a mean of layers is safer than a proxy's favourite.
     """
 
     def __init__(self, recipe: Recipe):
@@ -60,10 +70,20 @@ class HaafObjective(Objective):
             start=recipe.segmentation_step,
             needs=("token_label",) if kind == "affinity" else (),
         )
-        self.kind = kind
+        self.kind, self.prior = kind, recipe.affinity.haaf_prior
 
     def forward(self, step: TrainStep) -> dict[str, Tensor]:
-        return {"haaf": getattr(self, f"_{self.kind}")(step)}
+        used = []  # the layer weights of every pass, [B, K]
+
+        def weigh(descriptor: Tensor) -> Tensor:
+            used.append(step.refiner.haaf(descriptor))
+            return used[-1]
+
+        refiner = replace(step.refiner, haaf=weigh)
+        value = getattr(self, f"_{self.kind}")(replace(step, refiner=refiner))
+        if self.prior > 0:
+            value = value + self.prior * divergence_from_equal(torch.cat(used))
+        return {"haaf": value}
 
     def _products(self, refiner: Refiner, out: NetworkOutput, maps: Tensor) -> Tensor:
         """Σ_k v'_k A_k · maps / K with a gradient to v' only. [B, N, X] → [B, N, X]."""

@@ -44,6 +44,27 @@ def patch_token_contrast(patches: Tensor, token_labels: Tensor) -> Tensor:
     return 0.5 * attract + 0.5 * global_ratio((similarity * negative).sum(), negative.sum() + one)
 
 
+def affinity_pairs(affinity: Tensor, token_labels: Tensor, near: Tensor) -> Tensor:
+    """Raise the affinity of patches with one label and lower that of patches with different ones (AFA).
+
+    Args:
+        affinity: [B, N, N], 0..1.
+        token_labels: [B, N], class ids; pairs with a 255 do not count. Pairs of two background patches and
+            of a patch with itself do.
+        near: bool [N, N], which pairs count.
+
+    Returns:
+        ½ Σ_pos (1 − A) / (#pos + 1) + ½ Σ_neg A / (#neg + 1), sums and counts over the whole batch.
+    """
+    same = token_labels[:, :, None] == token_labels[:, None, :]
+    known = token_labels != IGNORE
+    counted = known[:, :, None] & known[:, None, :] & near
+    positive, negative = same & counted, ~same & counted
+    one = 1 / rank_and_world()[1]  # of the whole batch
+    attract = global_ratio(((1 - affinity) * positive).sum(), positive.sum() + one)
+    return 0.5 * attract + 0.5 * global_ratio((affinity * negative).sum(), negative.sum() + one)
+
+
 def class_token_contrast(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float) -> Tensor:
     """InfoNCE between class tokens of global and local views (ToCo, equation 5).
 

@@ -12,8 +12,8 @@ class Objective(nn.Module):
     Args:
         weights: name of each term → its weight in the total loss.
         start: the first training step at which the terms count, from 0.
-        needs: what they read of a `TrainStep` beside the network's output, out of "cams", "token_label" and
-            "pseudo_label".
+        needs: what they read of a `TrainStep` beside the network's output, out of "attention" (that of the
+            training crop), "cams", "token_label" and "pseudo_label".
     """
 
     def __init__(self, weights: dict[str, float], *, start: int = 0, needs: tuple[str, ...] = ()):

@@ -10,8 +10,10 @@ flip:
 | CAM, flip at scale 1 | B | S | no | every method |
 | CAM, scale 0.5 with flip | 2B | S/2 | no | every method |
 | CAM, scale 1.5 with flip | 2B | 1.5·S | no | every method |
-| second global view | B | S | yes | class token contrast (ToCo, SS-EPA) |
+| the same in two calls, image and flip | B + B | 1.5·S | no | AFA, from `affinity.start` on |
+| second global view | B | S | yes | class token contrast (ToCo, SS-EPA, MCC) |
 | eight local crops | 8B | s | yes | class token contrast (ToCo, SS-EPA) |
+| eight masked views, visible patches alone | 8B | S | yes | masked contrast (MCC) |
 | teacher, both views | 2B | S | no | FSR |
 | masked second view | B | S | yes | FSR |
 | CAM, image itself in evaluation mode | B | S | no | FSR, whose drop path changes the training pass |
@@ -50,7 +52,7 @@ class TrainStep:
     segmenting: bool  # whether the terms that need pseudo-labels count yet (λ1 and λ5 in SS-EPA, Eq. 8)
     generator: torch.Generator  # for crops and masks; on the CPU, so that every device draws the same
     labeler: PseudoLabeler
-    refiner: Refiner | None  # None before segmentation starts, and in a recipe without affinity
+    refiner: Refiner | None  # None before pseudo-labels use it, and in a recipe without affinity
     output: NetworkOutput  # of the training crop
     cams: Cams | None = None  # None unless an objective needs them, likewise below
     token_label: Tensor | None = None  # [B, N] long, from the auxiliary CAM; 255 unknown
@@ -81,16 +83,17 @@ def take_step(
 
     Args:
         index: the training step, from 0.
-        needs: out of "cams", "token_label" and "pseudo_label"; labels imply the maps they are made from.
+        needs: out of "attention", "cams", "token_label" and "pseudo_label"; labels imply the maps they are
+            made from.
         teacher: an EMA copy that makes the maps; None: the network itself.
     """
     image, label = batch.image, batch.label
     segmenting = index >= recipe.segmentation_step
-    refiner = build_refiner(recipe.affinity, network) if segmenting else None
-    output = network(image, segment=segmenting, capture=refiner is not None)
+    refiner = build_refiner(recipe.affinity, network) if index >= recipe.affinity_step else None
+    output = network(image, segment=segmenting, capture=refiner is not None or "attention" in needs)
     crops = generator("crops", recipe.train.seed, index)
     step = TrainStep(network, recipe, batch, index, segmenting, crops, labeler, refiner, output)
-    if needs:
+    if needs - {"attention"}:
         source = network if teacher is None else teacher
         own = (
             teacher is None and recipe.model.drop_path == 0
@@ -106,5 +109,5 @@ def take_step(
     if "pseudo_label" in needs:
         early = step.fraction < recipe.cam.main_from  # COCO: the main classifier is not trusted yet
         maps = step.cams.auxiliary if early else step.cams.for_labels
-        step.pseudo_label = labeler.training_labels(image, maps, label, batch.box)
+        step.pseudo_label = labeler.training_labels(image, maps, label, batch.box, step.cams.spread)
     return step

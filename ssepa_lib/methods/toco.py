@@ -1,13 +1,11 @@
 """The objectives of ToCo (CVPR 2023): classification, patch and class token contrast, segmentation."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.device import rank_slice
 from ssepa_lib.errors import UserError
+from ssepa_lib.methods.blocks import uniform
 from ssepa_lib.methods.losses import (
     class_token_contrast,
     classification_loss,
@@ -31,7 +29,7 @@ def objectives(recipe: Recipe, network: Network) -> list[Objective]:
     parts: list[Objective] = [Classification(recipe)]
     if losses.ptc > 0:
         parts.append(PatchTokenContrast(recipe))
-    if losses.ctc > 0:
+    if losses.ctc > 0 and recipe.contrast.views == "crops":
         parts.append(ClassTokenContrast(recipe, network.backbone.width))
     if losses.seg > 0 or losses.reg > 0:
         parts.append(Segmentation(recipe))
@@ -63,7 +61,10 @@ class PatchTokenContrast(Objective):
 
 
 class ClassTokenContrast(Objective):
-    """L_ctc (ToCo, Section 3.3) on two global and several local views; the teacher is an EMA of the head."""
+    """L_ctc (ToCo, Section 3.3) on two global and several local views; the teacher is an EMA of the head.
+
+    Another kind of local views overrides `local_tokens`.
+    """
 
     def __init__(self, recipe: Recipe, width: int):
         super().__init__({"ctc": recipe.losses.ctc}, start=recipe.contrast_step, needs=("cams",))
@@ -71,21 +72,24 @@ class ClassTokenContrast(Objective):
         self.student = ProjectionHead(width, c.hidden, c.bottleneck, c.outputs)
         self.teacher = Teacher(self.student)
 
-    def forward(self, step: TrainStep) -> dict[str, Tensor]:
-        c, batch, cam = self.config, step.batch, step.recipe.cam
+    def local_tokens(self, step: TrainStep) -> tuple[Tensor, Tensor]:
+        """Class tokens of the V local views [B, V, D], and whether each shows an object, bool [B, V]."""
+        c, cam = self.config, step.recipe.cam
         regions = region_map(step.cams.auxiliary, cam.low, cam.high)
         crops, positive = local_views(
-            batch.local_canvas, regions, c.local_crops, c.local_size, c.negative_below, step.generator
+            step.batch.local_canvas, regions, c.local_crops, c.local_size, c.negative_below, step.generator
         )  # [B, V, 3, s, s], [B, V]
-        second = step.network(batch.global2, segment=False).cls  # [B, D]
-        local = step.network(crops.flatten(0, 1), segment=False).cls.unflatten(
-            0, crops.shape[:2]
-        )  # [B, V, D]
+        tokens = step.network(crops.flatten(0, 1), segment=False).cls
+        return tokens.unflatten(0, crops.shape[:2]), positive
+
+    def forward(self, step: TrainStep) -> dict[str, Tensor]:
+        second = step.network(step.batch.global2, segment=False).cls  # [B, D]
+        local, positive = self.local_tokens(step)
         tokens = torch.cat([step.output.cls.unsqueeze(1), second.unsqueeze(1), local], 1)  # [B, 2+V, D]
         with torch.no_grad():
             target = self.teacher(tokens[:, :2].detach())
         positive = torch.cat([positive.new_ones(len(positive), 2), positive], 1)
-        return {"ctc": class_token_contrast(self.student(tokens), target, positive, c.temperature)}
+        return {"ctc": class_token_contrast(self.student(tokens), target, positive, self.config.temperature)}
 
     def after_step(self, network: Network, fraction: float) -> None:
         self.teacher.follow(self.student, self.config.momentum)
@@ -105,11 +109,6 @@ class Segmentation(Objective):
             step.batch.image, full, label, step.batch.box
         )  # first: its filter is the peak of memory
         return {"seg": segmentation_loss(full, label), "reg": reg}
-
-
-def _uniform(rows: int, places: int, generator: torch.Generator) -> Tensor:
-    """Uniform random numbers [rows, places] in 0..1."""
-    return torch.rand(rows, places, generator=generator, device=generator.device)
 
 
 @torch.no_grad()
@@ -153,8 +152,7 @@ def local_views(
     middle = size // 2
     allowed = (regions[:, middle : middle + rows, middle : middle + columns] <= 1).flatten(1)
     allowed |= allowed.sum(1, keepdim=True) < number  # too few such places: anywhere
-    draw = partial(_uniform, places=rows * columns, generator=generator)
-    lottery = rank_slice(draw, b).to(source.device)
+    lottery = uniform(b, (rows * columns,), generator).to(source.device)
     corner = lottery.masked_fill(~allowed, -1).topk(number).indices  # [B, V]
     side = torch.arange(size, device=source.device)
     y = (corner // columns)[:, :, None, None] + side[:, None]

@@ -6,12 +6,14 @@ layer, from which `PatchAffinity` makes the affinity between patches.
 """
 
 from ssepa_lib.model.affinity import HAAF, Attention, LayerWeights, PatchAffinity
+from ssepa_lib.model.learned_affinity import LearnedAffinity
 from ssepa_lib.model.network import Network, NetworkOutput, build_network, evaluating
 
 __all__ = [
     "HAAF",
     "Attention",
     "LayerWeights",
+    "LearnedAffinity",
     "Network",
     "NetworkOutput",
     "PatchAffinity",

@@ -1,5 +1,6 @@
 """A plain vision transformer from timm: images of any size in, tokens out, queries and keys on request."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,13 +33,18 @@ class BackboneOutput:
 class _AttentionTap(TorchFunctionMode):
     """Stands between a block and its fused attention, however timm names its modules.
 
-    It records queries and keys where asked, and lets training on a CPU attend in float32 where the sequence
-    is short: there the backward pass of the bfloat16 kernel is up to ten times slower.
+    It records queries and keys where asked, hides keys where asked, and lets training on a CPU attend in
+    float32 where the sequence is short: there the backward pass of the bfloat16 kernel is up to ten times
+    slower.
+
+    Args:
+        capture: record queries and keys, with their gradient.
+        visible: bool [B, 1, 1, T], the keys that may be attended to; None: all.
     """
 
-    def __init__(self, capture: bool) -> None:
+    def __init__(self, capture: bool = False, visible: Tensor | None = None) -> None:
         super().__init__()
-        self.capture = capture
+        self.capture, self.visible = capture, visible
         self.queries: list[Tensor] = []
         self.keys: list[Tensor] = []
 
@@ -46,9 +52,11 @@ class _AttentionTap(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value, *rest = args
+        if self.visible is not None:
+            kwargs = {**(kwargs or {}), "attn_mask": self.visible}
         if self.capture:
-            self.queries.append(query.detach())
-            self.keys.append(key.detach())
+            self.queries.append(query)
+            self.keys.append(key)
         if query.device.type != "cpu" or not torch.is_grad_enabled() or query.shape[2] > SHORT:
             return func(*args, **(kwargs or {}))
         with torch.autocast("cpu", enabled=False):  # it would cast back
@@ -65,9 +73,13 @@ class Backbone(nn.Module):
 
     `forward` takes images in 0..255 and normalises them itself. Sides that are no multiple of the patch are
     resized to the nearest one.
+
+    Args:
+        checkpointing: recompute blocks in the backward pass.
+        attached: the last so many blocks whose captured queries and keys keep their gradient.
     """
 
-    def __init__(self, config: ModelConfig, *, checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, *, checkpointing: bool = False, attached: int = 0):
         super().__init__()
         self.vit = create_vit(config)
         if not embeds_positions(self.vit):
@@ -86,7 +98,7 @@ class Backbone(nn.Module):
         self.patch_size: tuple[int, int] = self.vit.patch_embed.patch_size
         self.drop_prefix = config.aggregator != "class_token" and not config.keep_class_token
         self.num_prefix_tokens = 0 if self.drop_prefix else self.vit.num_prefix_tokens
-        self.checkpointing = checkpointing
+        self.checkpointing, self.attached = checkpointing, attached
         cfg = self.vit.pretrained_cfg
         self.register_buffer(
             "mean", 255 * torch.tensor(config.mean or cfg["mean"]).view(3, 1, 1), persistent=False
@@ -97,6 +109,9 @@ class Backbone(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         if not config.train_pos_embed and self.vit.pos_embed is not None:
             self.vit.pos_embed.requires_grad_(False)
+        if not config.train_norms:
+            for name, parameter in self.vit.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and "norm" not in name)
         for name in ("cls_token", "reg_token") if self.drop_prefix else ():
             if getattr(self.vit, name, None) is not None:
                 getattr(self.vit, name).requires_grad_(False)
@@ -134,28 +149,34 @@ class Backbone(nn.Module):
             x = x[:, self.vit.num_prefix_tokens :]
         return self.vit.norm_pre(x), rope, (h, w)
 
+    def _blocks(self, x: Tensor, rope: Tensor | None, tap: _AttentionTap) -> Iterator[Tensor]:
+        """The tokens [B, P+N, D] after every block."""
+        extra = {} if rope is None else {"rope": rope}
+        needed = tap.capture or tap.visible is not None
+        for block in self.vit.blocks:
+            call = partial(tap.run, block) if needed or not (is_compiled(block) or x.is_cuda) else block
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(call, x, use_reentrant=False, **extra)
+            else:
+                x = call(x, **extra)
+            yield x
+        tap.capture = False  # a recomputed block must not record again
+
     def forward(self, image: Tensor, *, capture: bool = False, mask: Tensor | None = None) -> BackboneOutput:
         """Encode images.
 
         Args:
             image: [B, 3, H, W], 0..255, uint8 or float.
-            capture: keep the queries and keys of every layer (detached).
+            capture: keep the queries and keys of every layer; only the last `attached` have a gradient.
             mask: bool [B, N]; these patch embeddings are replaced by the mask token before positions are
                 added (FSR).
         """
         x, rope, grid = self._embed(image, mask)
-        extra = {} if rope is None else {"rope": rope}
         tap = _AttentionTap(capture)
-        for index, block in enumerate(self.vit.blocks):
-            tapped = capture or not (is_compiled(block) or x.is_cuda)
-            call = partial(tap.run, block) if tapped else block
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(call, x, use_reentrant=False, **extra)  # [B, P+N, D]
-            else:
-                x = call(x, **extra)
+        for index, tokens in enumerate(self._blocks(x, rope, tap)):
+            x = tokens  # [B, P+N, D]
             if index == self.aux_block:
                 aux = x
-        tap.capture = False  # a recomputed block must not record again
         if capture and len(tap.queries) != self.depth:
             raise UserError(
                 "the backbone does not use fused attention, so its affinity cannot be read; "
@@ -168,5 +189,51 @@ class Backbone(nn.Module):
             aux=aux[:, first:],
             cls=x[:, 0] if first else None,
             grid=grid,
-            attention=Attention(tap.queries, tap.keys, first, grid) if capture else None,
+            attention=self._attention(tap, grid) if capture else None,
         )
+
+    def _attention(self, tap: _AttentionTap, grid: tuple[int, int]) -> Attention:
+        """What was captured, without gradient but for the last `attached` layers."""
+        free = self.depth - self.attached
+        queries, keys = (
+            [x.detach() if layer < free else x for layer, x in enumerate(side)]
+            for side in (tap.queries, tap.keys)
+        )
+        return Attention(queries, keys, self.num_prefix_tokens, grid)
+
+    def class_tokens(self, image: Tensor, visible: Tensor) -> Tensor:
+        """Class tokens of views of images in which most patches are hidden (MCC, WACV 2024).
+
+        Hiding means that no token may attend to the patch, in any block and head. A hidden patch is then
+        nobody's key and influences nothing but itself, so it is dropped before the first block: the class
+        token is the same and costs a fraction. Positions are those of the whole grid. Views show different
+        numbers of patches; the shorter ones are filled up with keys that nobody attends to.
+
+        Args:
+            image: [B, 3, H, W], 0..255.
+            visible: bool [B, V, N], the patches that each of the V views shows; a view may show none.
+
+        Returns:
+            [B, V, D], after the final norm.
+
+        Raises:
+            UserError: the backbone has no class token, or rotary positions.
+        """
+        x, rope, _ = self._embed(image, None)  # [B, P+N, D]
+        first, (views, patches) = self.num_prefix_tokens, visible.shape[1:]
+        if first == 0 or rope is not None:
+            raise UserError(
+                "contrast.views masked needs a class token and no rotary positions; choose another "
+                "model.backbone."
+            )
+        counts = visible.sum(2)  # [B, V]
+        order = visible.byte().sort(dim=2, descending=True, stable=True).indices  # [B, V, N], visible first
+        longest = int(counts.max())  # L
+        start = patches * torch.arange(len(x), device=x.device)[:, None, None]
+        shown = x[:, first:].flatten(0, 1).index_select(0, (order[:, :, :longest] + start).flatten())
+        shown = shown.view(len(x) * views, longest, x.shape[2])  # [B·V, L, D]
+        x = torch.cat([x[:, :first].repeat_interleave(views, 0), shown], 1)  # [B·V, P+L, D]
+        keys = torch.arange(x.shape[1], device=x.device) < (first + counts).flatten()[:, None]
+        for tokens in self._blocks(x, None, _AttentionTap(visible=keys[:, None, None])):
+            x = tokens
+        return self.vit.fc_norm(self.vit.norm(x))[:, 0].unflatten(0, visible.shape[:2])

@@ -1,4 +1,4 @@
-"""The network: backbone, main and auxiliary classifier, decoder and, where the recipe asks for it, HAAF.
+"""The network: backbone, both classifiers, decoder and, where the recipe asks, HAAF or AFA's affinity.
 
 Source: ToCo (CVPR 2023), Section 3.1 and its appendix; SS-EPA, Figure 1.
 """
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ssepa_lib.errors import UserError
 from ssepa_lib.model.affinity import HAAF, Attention
 from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.model.heads import ClassAggregator, LargeFOV, pool_class
+from ssepa_lib.model.learned_affinity import AffinityHead
 from ssepa_lib.randomness import seeded
 from ssepa_lib.recipe import OptimConfig, Recipe
 
@@ -45,18 +47,31 @@ class Network(nn.Module):
         super().__init__()
         self.classes = tuple(classes)
         self.aggregation = recipe.model.aggregator
-        self.backbone = Backbone(recipe.model, checkpointing=recipe.train.checkpointing)
+        affinity, learned = recipe.affinity, recipe.affinity.kind == "learned"
+        attached = affinity.blocks if learned else 0
+        self.backbone = Backbone(recipe.model, checkpointing=recipe.train.checkpointing, attached=attached)
         self.backbone.mask_token.requires_grad_(recipe.self_reinforced)
         width, number = self.backbone.width, len(self.classes)
         self.classifier = nn.Linear(width, number, bias=False)
         self.aux_classifier = nn.Linear(width, number, bias=False)
         self.decoder = LargeFOV(width, number)
         self.aggregator = ClassAggregator(width, self.backbone.heads) if self.aggregation == "mca" else None
-        affinity, layers = recipe.affinity, self.backbone.depth
+        layers = self.backbone.depth
         signed = affinity.attention == "logits"
         self.haaf = HAAF(layers, affinity.hidden, signed=signed) if affinity.kind == "haaf" else None
         if self.haaf is not None and recipe.affinity.haaf_objective == "none":
             self.haaf.requires_grad_(False)  # the control: v' stays all ones
+        self.affinity_head = self._affinity_head(recipe) if learned else None
+
+    def _affinity_head(self, recipe: Recipe) -> AffinityHead:
+        """The layer of the learned affinity; its reach is counted in patches of the training crop."""
+        config, backbone = recipe.affinity, self.backbone
+        if config.blocks > backbone.depth:
+            raise UserError(
+                f"affinity.blocks is {config.blocks}, but the backbone has only {backbone.depth} blocks."
+            )
+        side = max(backbone.grid(recipe.data.crop, recipe.data.crop))
+        return AffinityHead(backbone.heads, config.blocks, max(1, round(config.radius * side)))
 
     def forward(
         self, image: Tensor, *, segment: bool = True, capture: bool = False, mask: Tensor | None = None
@@ -66,7 +81,7 @@ class Network(nn.Module):
         Args:
             image: [B, 3, H, W], 0..255.
             segment: run the decoder.
-            capture: return the attention of every layer (detached).
+            capture: return the attention of every layer (detached but for the blocks of a learned affinity).
             mask: bool [B, N], patches hidden behind the mask token.
         """
         tokens = self.backbone(image, capture=capture, mask=mask)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssepa_lib.compose import load_recipe, save_recipe
 from ssepa_lib.device import resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import read_json, write_atomically, write_json
+from ssepa_lib.files import FolderLock, read_json, write_atomically, write_json
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
 
@@ -74,6 +74,17 @@ class RunFolder:
             return False
         return self.recipe().hash() == recipe.hash()
 
+    def require(self, recipe: Recipe) -> None:
+        """Refuse a folder with a run of another recipe.
+
+        Raises:
+            UserError: it holds one.
+        """
+        if self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
+            raise UserError(
+                f"{self.path} holds a run of another recipe; choose another run name or remove it."
+            )
+
     def prepare(self, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
         """Create the folder, or read the state to resume from.
 
@@ -89,10 +100,7 @@ class RunFolder:
             for file in (self.state, self.weights, self.history, self.metrics):
                 file.unlink(missing_ok=True)
         elif self.recipe_file.is_file():
-            if self.recipe().hash() != recipe.hash():
-                raise UserError(
-                    f"{self.path} holds a run of another recipe; choose another run name or remove it."
-                )
+            self.require(recipe)
         elif self.weights.is_file():
             raise UserError(
                 f"{self.path} holds weights but no recipe.yaml; restore that file or move the folder away."
@@ -179,6 +187,17 @@ def find_finished(recipe: Recipe, folder: Path) -> Path:
     """`folder`, unless a finished run beside it is of the same recipe."""
     beside = sorted(folder.parent.glob("*/")) if folder.parent.is_dir() else []
     return next((f for f in (folder, *beside) if RunFolder(f).is_finished(recipe)), folder)
+
+
+def find_run(recipe: Recipe, folder: Path) -> Path:
+    """`find_finished`, or a run of the same recipe beside `folder` that another process is training."""
+    found = find_finished(recipe, folder)
+    if RunFolder(found).is_finished(recipe):
+        return found
+    for run in map(RunFolder, sorted(folder.parent.glob("*/"))):
+        if FolderLock(run.path).taken and run.recipe_file.is_file() and run.recipe().hash() == recipe.hash():
+            return run.path
+    return folder
 
 
 def load_run(run_dir: Path | str, device: str = "auto") -> tuple[Network, Recipe]:

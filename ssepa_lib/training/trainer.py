@@ -33,14 +33,14 @@ Watch = Callable[[Network, int], None]
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
     """Multiplier of every learning rate at `step` (counted from 0).
 
-    Linear warm-up from `warmup_factor`, then (1 − t/T)^0.9 ("poly", ToCo) or half a cosine to 0 ("cosine",
+    Linear warm-up from `warmup_factor`, then (1 − t/T)^power ("poly", ToCo) or half a cosine to 0 ("cosine",
     FSR).
     """
     total, warmup, first = recipe.train.steps, recipe.warmup_steps, recipe.optim.warmup_factor
     if step < warmup:
         return first + (1 - first) * step / warmup
     if recipe.optim.schedule == "poly":
-        return max(0.0, 1 - step / total) ** 0.9
+        return max(0.0, 1 - step / total) ** recipe.optim.power
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
@@ -166,7 +166,8 @@ def train(
     Args:
         run_dir: the run folder, created if missing.
         resume: continue from `state.pt`; False starts again.
-        on_step: called after every logged row with {step, steps, loss, seconds_left, …}.
+        on_step: called after every logged row with {step, start, steps, loss, seconds_left, …}, where this
+            call began at step `start`; for a finished run once, without losses.
         watch: called with the network, in evaluation mode and without gradient, and the step: before the
             first step and after every logged row. What it does leaves the run as it is, bit for bit.
 
@@ -180,6 +181,8 @@ def train(
     folder = RunFolder(run_dir)
     if resume and folder.is_finished(recipe):
         folder.adopt_evaluation_settings(recipe)
+        if on_step:
+            on_step({"step": recipe.train.steps, "steps": recipe.train.steps, "seconds_left": 0.0})
         return folder.path
     rank, world, device = _launch(resolve_device(recipe.train.device))
     dataset = build_dataset(recipe.data, "train")
@@ -252,7 +255,7 @@ def _loop(
                 )
             if on_step:
                 left = (time.perf_counter() - began) / (done - start) * (recipe.train.steps - done)
-                on_step({**row, "steps": recipe.train.steps, "seconds_left": left})
+                on_step({**row, "start": start, "steps": recipe.train.steps, "seconds_left": left})
             _show(trainer, watch)
         if done % recipe.train.save_every == 0 or last:
             folder.save_state(trainer.state_dict())

@@ -95,7 +95,7 @@ def train_haaf(
     uniform = replace(
         recipe,
         train=replace(recipe.train, steps=steps),
-        losses=replace(recipe.losses, segmentation_start=0.0),
+        losses=replace(recipe.losses, segmentation_start=0.0, aff=0.0),
         affinity=uniform_refiner(recipe.affinity).config,
     )
     configs = {name: replace(recipe.affinity, kind="haaf", **fields) for name, fields in variants.items()}

@@ -22,9 +22,10 @@ from ssepa_lib.labels import PseudoLabeler, Refiner, multi_scale_cam, normalise_
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.workbook.lesson import NO_MASKS
 from ssepa_lib.workbook.study import object_parts, samples
 
-NO_MASKS = "This dataset has no masks, so there is nothing to measure against."
+PLACES = {"home": 0, "foreign": len(BACKGROUNDS) // 2}  # where a creature is shown → places after its home
 
 
 def has_masks(dataset: SegmentationDataset) -> bool:
@@ -175,8 +176,8 @@ def background_pairs(
     device, side = network.classifier.weight.device, recipe.data.eval_size or recipe.data.crop
     labels = torch.eye(len(SHAPE_CLASSES), device=device)[kinds]
     rows: dict[tuple[int, str], dict] = {}
-    for place, shift in (("home", 0), ("foreign", len(BACKGROUNDS) // 2)):
-        grounds = [BACKGROUNDS[(kind + shift) % len(BACKGROUNDS)] for kind in kinds]
+    for place, shift in PLACES.items():
+        grounds = [_ground(kind, shift) for kind in kinds]
         pixels, parts = _scenes(split, chosen, grounds, side)
         for name, refiner in refiners.items():
             found = class_maps(network, recipe, pixels.to(device), labels, kinds, {name: refiner})[name]
@@ -184,6 +185,17 @@ def background_pairs(
                 ground = float(mass_by_part(map.cpu(), part)[2])
                 rows.setdefault((scene, name), {"index": scene, "class": kind, "map": name})[place] = ground
     return pd.DataFrame(list(rows.values()))
+
+
+def scene_pair(index: int, side: int, split: str = "val") -> Tensor:
+    """A built-in scene of one creature on its home background and on a foreign one, [2, 3, side, side]."""
+    kind = SHAPE_CLASSES.index(scene_facts(split, index).classes[0])
+    return _scenes(split, [index, index], [_ground(kind, shift) for shift in PLACES.values()], side)[0]
+
+
+def _ground(kind: int, shift: int) -> str:
+    """The background that lies `shift` places after the home of a class."""
+    return BACKGROUNDS[(kind + shift) % len(BACKGROUNDS)]
 
 
 def _scenes(

@@ -38,7 +38,7 @@ def readings(recipe: Recipe, haaf: bool) -> dict[str, Recipe]:
         haaf: the network has a HAAF.
     """
     plain = {"iterations": 1, "balance": False, "deflate": False, "per_scale": True, "haaf_objective": "none"}
-    found = {}
+    found = {"learned affinity": recipe} if recipe.affinity.kind == "learned" else {}
     for name, calibration in (("CAM", "none"), ("CAM, Otsu", "otsu")):
         found[name] = _changed(recipe, plain | {"kind": "none"}, calibration)
     for kind, title in (("mean", "uniform mean"), *((("haaf", "HAAF"),) if haaf else ())):
@@ -51,6 +51,7 @@ def _changed(recipe: Recipe, affinity: dict[str, Any], calibration: str) -> Reci
     return replace(
         recipe,
         affinity=replace(recipe.affinity, **affinity),
+        losses=replace(recipe.losses, aff=0.0),  # the pairs belong to the learned affinity alone
         cam=replace(recipe.cam, calibrate=calibration),
     )
 

@@ -11,20 +11,23 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import SegmentationDataset, eval_batches
 from ssepa_lib.device import describe_device, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.attention import attention_statistics
-from ssepa_lib.evaluation.evaluate import evaluate_run
 from ssepa_lib.evaluation.memory import affinity_map_bytes, peak_memory, saved_activation_bytes
 from ssepa_lib.model import Attention, Network, PatchAffinity
 from ssepa_lib.paths import results_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder, find_finished
 from ssepa_lib.training.trainer import OnStep, train
+from ssepa_lib.workbook.progress import bars
+from ssepa_lib.workbook.queue import Job, Report, run_jobs, share, stored_outcome
 from ssepa_lib.workbook.tables import result_row
 
 
@@ -49,8 +52,9 @@ def preset_folder(preset: str, run_name: str = "") -> Path:
 
 
 def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> Path:
-    """`<results>/<preset>/<method>[-<run_name>]-seed<seed>`."""
-    return results_root() / preset / "-".join(filter(None, (method, run_name, f"seed{seed}")))
+    """`<results>/<preset>/<method>[-<backbone>][-<run_name>]-seed<seed>` of a method or `method/backbone`."""
+    name = method.replace("/", "-")
+    return results_root() / preset / "-".join(filter(None, (name, run_name, f"seed{seed}")))
 
 
 def recipe_for(
@@ -102,20 +106,44 @@ def tour(
     device: str = "auto",
     run_name: str = "",
     on_step: OnStep | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Network, Recipe]:
     """The small run of SS-EPA that the first notebooks share: trained by whichever comes first, then reused.
 
     Args:
         on_step: see `train`.
+        changes: recipe overrides.
 
     Returns:
         The network in evaluation mode, and its recipe.
     """
-    recipe = recipe_for(preset, "ssepa", steps=steps, seed=seed, device=device)
+    recipe = recipe_for(preset, "ssepa", steps=steps, seed=seed, device=device, changes=changes)
     name = "-".join(filter(None, (run_name, f"tour{steps}")))
     folder = find_finished(recipe, run_folder(preset, "ssepa", seed, name))
     train(recipe, folder, on_step=on_step)
     return RunFolder(folder).load(device)
+
+
+def study_jobs(
+    preset: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    splits: Mapping[str, dict],
+    steps: int = 0,
+    device: str = "auto",
+    run_name: str = "",
+    changes: Mapping[str, Any] | None = None,
+    arms: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[tuple[int, str, str], Job]:
+    """The runs of a study, by seed, method and arm; for the arguments see `run_study`."""
+    jobs = {}
+    for seed, method, (arm, own) in itertools.product(seeds, methods, (arms or {"": {}}).items()):
+        variant = "-".join(filter(None, (run_name, arm.replace(" ", "-"))))
+        both = {**(changes or {}), **own}
+        recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device, changes=both)
+        jobs[seed, method, arm] = Job(recipe, run_folder(preset, method, seed, variant), splits)
+    return jobs
 
 
 def run_study(
@@ -127,8 +155,12 @@ def run_study(
     steps: int = 0,
     device: str = "auto",
     run_name: str = "",
+    changes: Mapping[str, Any] | None = None,
     arms: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[str], OnStep] | None = None,
+    report: Report | None = None,
+    processes: int = 1,
+    shard: tuple[int, int] = (1, 1),
 ) -> pd.DataFrame:
     """Train and evaluate every method and arm with every seed; finished runs are reused, interrupted runs
     resumed.
@@ -137,23 +169,31 @@ def run_study(
 
     Args:
         splits: split → options of `evaluate_run` (images, outputs, test_time, …).
-        arms: name → recipe overrides; None: every method as it is.
+        changes: recipe overrides of every run.
+        arms: name → further overrides; None: every method once.
         progress: makes the `on_step` callback of a run from its label.
+        report: takes every report of the queue in place of `progress`; see `queue.Report`.
+        processes: worker processes; 1: everything in this one.
+        shard: (i, n): compute only the i-th of n shares of the runs.
 
     Returns:
         One row per method, arm, seed and split, in the columns of `tables.collect_runs`; `variant` is the
-        arm.
+        arm. Of the runs of other shards, those that are finished.
+
+    Raises:
+        UserError: see `run_jobs`.
     """
+    options = {"splits": splits, "steps": steps, "device": device, "run_name": run_name}
+    jobs = study_jobs(preset, methods, seeds, **options, changes=changes, arms=arms)
+    own = share(jobs, shard)
+    outcomes = dict(zip(own, run_jobs(list(own.values()), report or bars(progress), processes), strict=True))
     rows = []
-    for seed, method, (arm, changes) in itertools.product(seeds, methods, (arms or {"": {}}).items()):
-        variant = "-".join(filter(None, (run_name, arm.replace(" ", "-"))))
-        recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device, changes=changes)
-        folder = find_finished(recipe, run_folder(preset, method, seed, variant))
-        train(recipe, folder, on_step=progress(folder.name) if progress else None)
-        for split, options in splits.items():
-            result = evaluate_run(folder, split, device=device, **options)
+    for key, job in jobs.items():
+        outcome = outcomes.get(key) or stored_outcome(job)
+        for result in outcome.results.values() if outcome else ():
+            _, method, arm = key
             named = result | {"setting": result["setting"] | {"method": method}}
-            rows.append(result_row(folder.name, preset, arm or run_name, named))
+            rows.append(result_row(outcome.run, preset, arm or run_name, named))
     return pd.DataFrame(rows)
 
 
@@ -166,16 +206,17 @@ def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset)
 def samples(
     dataset: SegmentationDataset, indices: Sequence[int], side: int
 ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-    """Some images to look at, resized to squares.
+    """Some images to look at, resized to squares as they are when they are measured.
 
     Returns:
         Images [n, 3, side, side] in 0..255, labels [n, C], and per image a mask uint8 [side, side], or None
         where one of them has no mask.
     """
-    items = [dataset[i] for i in indices]
-    images = [F.interpolate(item.image[None].float(), (side, side), mode="bilinear") for item in items]
-    masks = None if any(item.mask is None for item in items) else [_square(i.mask, side) for i in items]
-    return torch.cat(images), torch.stack([item.label for item in items]), masks
+    shown = [dataset.image(i).resize((side, side), Image.Resampling.BILINEAR) for i in indices]
+    images = torch.stack([pil_to_tensor(image).float() for image in shown])
+    masks = [dataset.mask(i) for i in indices]
+    squares = None if any(mask is None for mask in masks) else [_square(mask, side) for mask in masks]
+    return images, torch.stack([dataset.label(i) for i in indices]), squares
 
 
 def with_label(dataset: SegmentationDataset, first: int, count: int = 1) -> list[int]:

@@ -142,8 +142,8 @@ export function largestSide(sizes, strategy, budget) {
 
 // ---------------------------------------------------------------- drawing
 const STYLE = `.ssx{--fg:#1b1b1b;--bg:#fff;--soft:#59606a;--line:#9aa0a6;--hot:#0b5fa5;--key:#eef1f4;
-font:14px/1.45 system-ui,sans-serif;color:var(--fg);background:var(--bg);padding:.6rem;box-sizing:border-box;max-width:60rem}
-.ssx.dark{--fg:#e8e8e8;--bg:#1c1d1f;--soft:#b0b6bd;--line:#6f757c;--hot:#7cc4ff;--key:#2e3135}
+font:14px/1.45 system-ui,sans-serif;color:var(--fg);background:var(--bg);padding:.6rem;box-sizing:border-box}
+.ssx.dark{--fg:#e8e8e8;--bg:#17181a;--soft:#b0b6bd;--line:#6f757c;--hot:#7cc4ff;--key:#2e3135}
 .ssx *{box-sizing:border-box}.ssx .row{display:flex;flex-wrap:wrap;gap:.4rem .9rem;align-items:center;margin:.35rem 0}
 .ssx .panels{display:flex;flex-wrap:wrap;gap:.8rem;align-items:flex-end}
 .ssx figure{margin:0;width:min(var(--w),calc(50% - .4rem));min-width:8.5rem}.ssx figure.wide{width:min(100%,24rem)}
@@ -154,7 +154,7 @@ font:14px/1.45 system-ui,sans-serif;color:var(--fg);background:var(--bg);padding
 .ssx button[aria-pressed=true]{background:var(--hot);border-color:var(--hot);color:var(--bg);font-weight:600}
 .ssx .group{display:flex;flex-wrap:wrap;gap:.25rem;align-items:center}.ssx .group>span,.ssx label>span{color:var(--soft)}
 .ssx label{display:flex;gap:.4rem;align-items:center}.ssx input{flex:1 1 6rem;min-width:5rem;max-width:14rem;accent-color:var(--hot);margin:0}
-.ssx output{min-width:2.6em;font-variant-numeric:tabular-nums}.ssx p{margin:.35rem 0}.ssx .soft{color:var(--soft);font-size:13px}
+.ssx output{min-width:2.6em;font-variant-numeric:tabular-nums}.ssx p{margin:.35rem 0;max-width:60rem}.ssx .soft{color:var(--soft);font-size:13px}
 .ssx .bar{height:.7rem;width:9rem;border:1px solid var(--line)}
 .ssx .sliders{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.2rem 1rem}
 .ssx .chip{display:inline-block;width:.8em;height:.8em;border:1px solid var(--line);margin-right:.25em}`;

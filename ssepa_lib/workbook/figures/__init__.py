@@ -22,9 +22,11 @@ from ssepa_lib.workbook.figures.images import (
     plot_mask_grid,
 )
 from ssepa_lib.workbook.figures.judged import (
+    plot_arrows,
     plot_better_or_worse,
     plot_case,
     plot_film,
+    plot_gradients,
     plot_judged_grid,
     plot_mass,
     plot_threshold_curves,
@@ -49,7 +51,9 @@ __all__ = [
     "plot_mass",
     "plot_judged_grid",
     "plot_film",
+    "plot_gradients",
     "plot_better_or_worse",
+    "plot_arrows",
     "plot_attention_strip",
     "plot_cam",
     "plot_card",

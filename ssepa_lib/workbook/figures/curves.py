@@ -21,6 +21,7 @@ TERM_NAMES = {
     "seg": "segmentation",
     "reg": "dense energy",
     "haaf": "HAAF objective",
+    "aff": "affinity of pairs (AFA)",
     "unc": "uncertain patches (FSR)",
     "cer": "class token (FSR)",
 }  # column of history.csv → title of its panel

@@ -6,13 +6,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from ssepa_lib.data.images import IGNORE, voc_palette
-from ssepa_lib.workbook.figures.style import MARKED, own_axes
+from ssepa_lib.data.images import IGNORE
+from ssepa_lib.workbook.figures.style import CLASS_COLOURS, MARKED, own_axes
 
 Array = np.ndarray | torch.Tensor
 CAM_COLOURS = "inferno"
@@ -54,19 +56,29 @@ def plot_image(image: Array | Image.Image, ax: Axes | None = None, title: str = 
     return _bare(ax, title)
 
 
-def mask_colours(mask: Array) -> np.ndarray:
-    """Class ids [H, W] as VOC colours uint8 [H, W, 3]; 255 (ignore) is white."""
-    palette = np.array(voc_palette(), dtype=np.uint8)
+def class_palette(masks: Sequence[Array]) -> np.ndarray:
+    """Colours of the classes that some masks show together, uint8 [256, 3]: background near black, ignored
+    pixels white, every class a colour of its own as long as there are no more classes than colours.
+
+    The same class has the same colour in every figure, unless another one of the figure has taken it.
+    """
+    safe = (255 * np.array([to_rgb(colour) for colour in CLASS_COLOURS])).round().astype(np.uint8)
+    present = sorted({int(i) for mask in masks for i in np.unique(to_numpy(mask))} - {0, IGNORE})
+    palette, taken = np.full((256, 3), 24, dtype=np.uint8), set()
+    for id in present:
+        wanted = [(id - 1 + shift) % len(safe) for shift in range(len(safe))]
+        slot = next((slot for slot in wanted if slot not in taken), wanted[0])
+        taken.add(slot)
+        palette[id] = safe[slot]
     palette[IGNORE] = 255
-    return palette[to_numpy(mask).astype(np.uint8)]
+    return palette
 
 
 def class_legend(masks: Sequence[Array], classes: Sequence[str]) -> list[Patch]:
-    """Legend entries of the classes that some masks show."""
+    """Legend entries of the classes that some masks show, in the colours of `class_palette`."""
     present = sorted({int(i) for mask in masks for i in np.unique(to_numpy(mask))} - {0})
     names = {IGNORE: "not labelled"} | {i + 1: name for i, name in enumerate(classes)}
-    colours = np.array(voc_palette()) / 255
-    colours[IGNORE] = 1
+    colours = class_palette(masks) / 255
     return [Patch(facecolor=colours[i], edgecolor="0.5", label=names[i]) for i in present]
 
 
@@ -77,10 +89,15 @@ def plot_mask(
     title: str = "",
     image: Array | Image.Image | None = None,
     legend: bool = True,
+    among: Sequence[Array] | None = None,
 ) -> Axes:
-    """A mask [H, W] in VOC colours, over its image where given; the legend names the classes it shows."""
+    """A mask [H, W], over its image where given; the legend names the classes it shows.
+
+    Args:
+        among: all masks of a figure, so that they share their colours; None: this one alone.
+    """
     ax = own_axes(ax, (3, 3))
-    colours = mask_colours(mask)
+    colours = class_palette([mask] if among is None else among)[to_numpy(mask).astype(np.uint8)]
     if image is not None:
         mixed = (0.4 * to_pixels(image) + 0.6 * colours).astype(np.uint8)
         colours = np.where((to_numpy(mask) > 0)[..., None], mixed, to_pixels(image))
@@ -91,19 +108,30 @@ def plot_mask(
     return _bare(ax, title)
 
 
+def opacity(shares: np.ndarray) -> np.ndarray:
+    """How much of the image a map covers where it has so much of its range, 0..1; as in the explorers."""
+    return 0.9 * np.sqrt(shares)
+
+
+def colour_scale(low: float, high: float) -> ScalarMappable:
+    """The colours of a map as they appear over a middle grey, for a colour bar."""
+    shares = np.linspace(0, 1, 256)
+    covered = opacity(shares)[:, None]
+    colours = covered * colormaps[CAM_COLOURS](shares)[:, :3] + (1 - covered) * 0.5
+    return ScalarMappable(plt.Normalize(low, high), ListedColormap(colours))
+
+
 def plot_cam(
     cam: Array,
     image: Array | Image.Image,
     ax: Axes | None = None,
     title: str = "",
-    opacity: float = 0.65,
     limits: tuple[float, float] = (0, 1),
     bar: str = "",
 ) -> Axes:
-    """A map [h, w] over its image in grey; bright is high.
+    """A map [h, w] over its image in grey; bright is high, and where it is low the image stays visible.
 
     Args:
-        opacity: of the map, 0..1.
         limits: values of the darkest and the brightest colour.
         bar: label of a colour bar; without one there is none.
     """
@@ -112,10 +140,10 @@ def plot_cam(
     ax.imshow(pixels.mean(-1), cmap="gray", vmin=0, vmax=255)
     low, high = limits
     values = _resized(to_numpy(cam), pixels.shape[:2])
-    drawn = ax.imshow(values, cmap=CAM_COLOURS, alpha=opacity, vmin=low, vmax=high)
+    shares = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    ax.imshow(values, cmap=CAM_COLOURS, alpha=opacity(shares), vmin=low, vmax=high)
     if bar:
-        solid = ScalarMappable(drawn.norm, drawn.cmap)
-        ax.figure.colorbar(solid, ax=ax, label=bar, shrink=0.8)
+        ax.figure.colorbar(colour_scale(low, high), ax=ax, label=bar, shrink=0.8)
     return _bare(ax, title)
 
 
@@ -152,15 +180,16 @@ def plot_cam_grid(
     for i, row in enumerate(axes):
         plot_image(images[i], row[0])
         if masks is not None:
-            plot_mask(masks[i], classes, row[1], legend=False)
+            plot_mask(masks[i], classes, row[1], legend=False, among=masks)
         for ax, values in zip(row[len(titles) - len(maps) :], maps.values(), strict=True):
             plot_cam(values[i], images[i], ax)
         if names is not None:
             row[0].set_ylabel(names[i])
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title)
-    bar = ScalarMappable(plt.Normalize(0, 1), CAM_COLOURS)
-    axes[0, 0].figure.colorbar(bar, ax=axes, label="activation (0 to 1)", aspect=30, pad=0.02, panchor=False)
+    axes[0, 0].figure.colorbar(
+        colour_scale(0, 1), ax=axes, label="activation (0 to 1)", aspect=30, pad=0.02, panchor=False
+    )
     _shared_legend(axes, class_legend(masks or [], classes))
     return axes
 
@@ -181,16 +210,19 @@ def plot_mask_grid(
     Returns:
         axes [rows, columns].
     """
-    axes = _grid(len(images), 1 + len(masks))
+    axes, everything = (
+        _grid(len(images), 1 + len(masks)),
+        [mask for column in masks.values() for mask in column],
+    )
     for i, row in enumerate(axes):
         plot_image(images[i], row[0])
         for ax, values in zip(row[1:], masks.values(), strict=True):
-            plot_mask(values[i], classes, ax, legend=False)
+            plot_mask(values[i], classes, ax, legend=False, among=everything)
         if names is not None:
             row[0].set_ylabel(names[i])
     for ax, title in zip(axes[0], ["input", *masks], strict=True):
         ax.set_title(title)
-    _shared_legend(axes, class_legend([mask for column in masks.values() for mask in column], classes))
+    _shared_legend(axes, class_legend(everything, classes))
     return axes
 
 

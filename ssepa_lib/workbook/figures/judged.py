@@ -39,7 +39,7 @@ def plot_judged_grid(
         axes [rows, columns].
     """
     titles = ["input", "ground truth", *maps]
-    size = (1.75 * len(titles), 1.95 * len(images) + 0.7)
+    size = (1.75 * len(titles), 2.15 * len(images) + 0.7)
     figure, axes = plt.subplots(len(images), len(titles), figsize=size, squeeze=False)
     for i, row in enumerate(axes):
         plot_image(images[i], row[0])
@@ -48,7 +48,7 @@ def plot_judged_grid(
         for ax, title in zip(row[2:], maps, strict=True):
             plot_cam(maps[title][i], images[i], ax)
             worse = ious[title][i] < ious[base][i]
-            ax.set_xlabel(f"IoU {ious[title][i]:.0f} %", color=WORSE if worse else "black", labelpad=9)
+            ax.set_xlabel(f"IoU {ious[title][i]:.0f} %", color=WORSE if worse else "black", labelpad=16)
             _mass_bar(ax, shares[title][i], to_pixels(images[i]).shape[:2])
             if worse:
                 _frame(ax)
@@ -65,7 +65,7 @@ def plot_judged_grid(
 
 def _mass_bar(ax: Axes, shares: Array, size: tuple[int, int]) -> None:
     """Head, body and ground as one stacked bar under an image."""
-    bar, left = ax.inset_axes((0, -0.085, 1, 0.06)), 0.0
+    bar, left = ax.inset_axes((0, -0.1, 1, 0.06)), 0.0
     for share, colour in zip(np.nan_to_num(to_numpy(shares)), LANDMARKS.values(), strict=True):
         bar.barh(0, share, left=left, color=colour, height=1)
         left += share
@@ -106,7 +106,9 @@ def plot_better_or_worse(ious: pd.DataFrame, base: str, axes: Sequence[Axes] | N
     """
     others = [name for name in ious if name != base]
     if axes is None:
-        axes = plt.subplots(1, len(others), figsize=(2.9 * len(others), 3), sharey=True, squeeze=False)[1][0]
+        axes = plt.subplots(1, len(others), figsize=(2.7 * len(others), 3.2), sharey=True, squeeze=False)[1][
+            0
+        ]
     for ax, name in zip(axes, others, strict=True):
         better = ious[name] > ious[base]
         ax.scatter(ious[base][better], ious[name][better], s=14, color="#0173b2", label="better")
@@ -222,3 +224,55 @@ def _histogram(ax: Axes, values: np.ndarray, inside: np.ndarray) -> None:
     ax.axvline(np.median(values[~inside]) if (~inside).any() else 0, color="black", linewidth=1)
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], yticks=[], xlabel="value of the map")
     ax.xaxis.label.set_fontsize("x-small")
+
+
+def plot_arrows(
+    vectors: Sequence[Sequence[float]],
+    names: Sequence[str],
+    colours: Sequence[str],
+    ax: Axes,
+    title: str = "",
+) -> Axes:
+    """Unit vectors of a plane as arrows in a circle: how alike tokens are.
+
+    Args:
+        vectors: [n, 2]; their lengths do not matter.
+    """
+    angles = np.linspace(0, 2 * np.pi, 100)
+    ax.plot(np.cos(angles), np.sin(angles), color="0.85", linewidth=1)
+    for i, (vector, name, colour) in enumerate(zip(vectors, names, colours, strict=True)):
+        x, y = np.array(vector, float) / np.linalg.norm(vector)
+        ax.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
+        ax.text(
+            1.14 * x,
+            1.14 * y + 0.14 * (-1) ** i,
+            name,
+            color=colour,
+            ha="center",
+            va="center",
+            fontsize="x-small",
+        )
+    ax.set(xlim=(-1.5, 1.5), ylim=(-1.4, 1.4), aspect="equal")
+    ax.set_axis_off()
+    ax.set_title(title, fontsize="small")
+    return ax
+
+
+def plot_gradients(norms: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Which term moves which part: a table of gradient lengths, dark where large, a cross where none arrives.
+
+    Args:
+        norms: one row per term, one column per part, NaN for no gradient.
+    """
+    ax = own_axes(ax, (1.15 * len(norms.columns) + 1.2, 0.36 * len(norms) + 1.4))
+    values = norms.to_numpy(float)
+    shown = np.log10(np.where(values > 0, values, np.nan))
+    ax.imshow(shown, cmap="Blues", aspect="auto", vmin=np.nanmin(shown) - 1, vmax=np.nanmax(shown) + 1)
+    for (row, column), value in np.ndenumerate(values):
+        words, colour = (f"{value:.2g}", "black") if np.isfinite(value) else ("×", "0.6")
+        ax.text(column, row, words, ha="center", va="center", color=colour, fontsize="small")
+    ax.set_xticks(range(len(norms.columns)), [name.replace(", ", ",\n") for name in norms], fontsize="small")
+    ax.set_yticks(range(len(norms)), norms.index, fontsize="small")
+    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+    ax.grid(False)
+    return ax

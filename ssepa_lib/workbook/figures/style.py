@@ -4,9 +4,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ssepa_lib.compose import method_title
 from ssepa_lib.files import write_atomically
@@ -60,6 +62,9 @@ def use_style() -> None:
             "image.interpolation": "nearest",
         }
     )
+    shell = get_ipython()
+    if shell is not None:  # a figure speaks for itself: no `<Axes: …>` below it
+        shell.display_formatter.formatters["text/plain"].for_type(Axes, lambda ax, printer, cycle: None)
 
 
 def save_figure(figure: Figure, path: Path | str, limit: int = 400_000) -> Path:
@@ -70,16 +75,29 @@ def save_figure(figure: Figure, path: Path | str, limit: int = 400_000) -> Path:
 
 
 def _save_within(figure: Figure, path: Path, limit: int) -> None:
+    title = {"Title": figure_title(figure)}
     for dpi in (120, 96, 72, 54, 40):
-        figure.savefig(path, format="png", dpi=dpi)
+        figure.savefig(path, format="png", dpi=dpi, metadata=title)
         if path.stat().st_size > limit:
             with Image.open(path) as image:
                 colours = image.convert("RGB")
             palette = colours.quantize(255)
             palette.putpalette(palette.getpalette()[:765] + [255, 255, 255])  # paper stays white
-            colours.quantize(palette=palette).save(path, format="PNG", optimize=True)
+            kept = PngInfo()
+            kept.add_text(*next(iter(title.items())))
+            colours.quantize(palette=palette).save(path, format="PNG", optimize=True, pnginfo=kept)
         if path.stat().st_size <= limit:
             return
+
+
+def figure_title(figure: Figure) -> str:
+    """What a figure shows, in words: its title, otherwise those of its axes, otherwise their labels."""
+    if figure.get_suptitle():
+        return figure.get_suptitle()
+    titles = [ax.get_title() for ax in figure.axes]
+    labels = [" against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel()))) for ax in figure.axes]
+    words = list(dict.fromkeys(filter(None, titles))) or list(dict.fromkeys(filter(None, labels)))
+    return "; ".join(words[:8]).replace("\n", " ")
 
 
 def method_name(run: str) -> str:

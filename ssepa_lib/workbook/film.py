@@ -1,0 +1,108 @@
+"""What a few images look like to a network while it learns: snapshots, kept in the run folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssepa_lib.evaluation.multiscale import cam_view
+from ssepa_lib.files import write_atomically
+from ssepa_lib.labels import PseudoLabeler, build_refiner, multi_scale_cam
+from ssepa_lib.model import Network
+from ssepa_lib.recipe import Recipe
+
+MAPS = ("cam", "aux_cam", "refined")  # 0..1, stored in 256 levels
+IDS = ("pseudo_label", "segmentation")  # class ids
+
+
+class Film:
+    """Snapshots of some images at equal distances of a run: the `watch` of `training.train`.
+
+    Args:
+        recipe: of the run.
+        folder: the run folder; the snapshots are its `film.npz`, so that a resumed run continues its film.
+        images: [n, 3, S, S], 0..255.
+        labels: [n, C].
+        classes: index of the class whose maps are shown, one per image.
+        frames: how many snapshots from the first step to the last.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path | str,
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[int],
+        frames: int = 9,
+    ):
+        self.recipe, self.path = recipe, Path(folder) / "film.npz"
+        self.images, self.labels, self.classes = images, labels, list(classes)
+        self.interval = recipe.train.steps / max(frames - 1, 1)
+        self.snapshots = _read(self.path)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the snapshots; empty for a run that nobody watched."""
+        return list(self.snapshots)
+
+    def __call__(self, network: Network, step: int) -> None:
+        """Keep a snapshot if one is due, and drop those of a later step (of a run that starts again)."""
+        self.snapshots = {at: shot for at, shot in self.snapshots.items() if at < step}
+        if step < len(self.snapshots) * self.interval and step < self.recipe.train.steps:
+            return
+        self.snapshots[step] = _shot(network, self.recipe, self.images, self.labels, self.classes)
+        arrays = {
+            f"{step}/{name}": values for step, shot in self.snapshots.items() for name, values in shot.items()
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, lambda part: _write(part, arrays))
+
+    def maps(self, name: str, image: int) -> dict[int, np.ndarray]:
+        """One kind of snapshot of one image: step → map float32 [S, S] in 0..1, or class ids uint8 [S, S].
+
+        Args:
+            name: cam, aux_cam, refined, pseudo_label or segmentation; `refined` is missing in a run without
+                affinity, and then empty.
+        """
+        found = {step: shot[name][image] for step, shot in self.snapshots.items() if name in shot}
+        return {s: v if name in IDS else v.astype(np.float32) / 255 for s, v in found.items()}
+
+
+def _write(part: Path, arrays: dict[str, np.ndarray]) -> None:
+    with part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _read(path: Path) -> dict[int, dict[str, np.ndarray]]:
+    """The snapshots of a film, by step in order; none where there is no film."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+    if path.is_file():
+        with np.load(path) as arrays:
+            for key in arrays.files:
+                step, name = key.split("/")
+                found.setdefault(int(step), {})[name] = arrays[key]
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def _shot(
+    network: Network, recipe: Recipe, images: Tensor, labels: Tensor, classes: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """One snapshot at scale 1, as it would be measured."""
+    device = network.classifier.weight.device
+    images, labels, rows = images.to(device).float(), labels.to(device), torch.arange(len(images))
+    refiner = build_refiner(recipe.affinity, network)
+    output = network(images, capture=refiner is not None)
+    cams = multi_scale_cam(network, images, labels, cam_view(recipe.cam, "single"), refiner, first=output)
+    labeler = PseudoLabeler(recipe.cam).to(device)
+    logits = F.interpolate(output.segmentation.float(), images.shape[-2:], mode="bilinear")
+    found = {"cam": cams.main, "aux_cam": cams.auxiliary, "refined": cams.refined}
+    shot = {name: maps[rows, classes] for name, maps in found.items() if maps is not None}
+    shot = {name: (255 * maps).round().byte() for name, maps in shot.items()}
+    shot["pseudo_label"] = labeler.labels(images, cams.for_labels, labels).byte()
+    shot["segmentation"] = logits.argmax(1).byte()
+    return {name: values.cpu().numpy() for name, values in shot.items()}

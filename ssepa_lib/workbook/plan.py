@@ -1,0 +1,250 @@
+"""What a call is going to train, before it starts: runs, steps, expected time and disk.
+
+The time of a step is read from the history of an earlier run with the same settings where there is one.
+Otherwise it is estimated: the floating-point operations of its passes through the encoder, divided by a share
+of the speed at which this machine multiplies matrices of that size. Such an estimate may be wrong by a factor
+of two or three; it tells minutes from days.
+"""
+
+import csv
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssepa_lib.device import autocast, describe_device, precision, resolve_device
+from ssepa_lib.errors import UserError
+from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.run import RunFolder, find_finished
+from ssepa_lib.workbook.ablations import FSR_ARMS
+from ssepa_lib.workbook.queue import Job
+from ssepa_lib.workbook.study import study_jobs
+
+LONG = 30 * 60  # seconds of training from which a call of the notebooks has to be confirmed
+FULL = 12 * 3600  # seconds from which a run without a GPU has to be confirmed
+SHARE = {("cpu", "fp32"): 0.4, ("cpu", "bf16"): 0.15}  # of the speed of matrix products that a step reaches
+GPU_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step and a run folder cost, by formula."""
+
+    flops: float  # of one step, encoder only
+    parameters: int  # of the encoder
+    shape: tuple[int, int]  # tokens of a batch, width
+
+    @property
+    def disk(self) -> float:
+        """Bytes of the weights and of the checkpoint with the two moments of AdamW."""
+        return 4.0 * self.parameters * (1 + 3)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that a call is going to train.
+
+    Attributes:
+        seconds: expected time of training; 0 if there is nothing left to train.
+        source: where that comes from: "finished", "measured" or "estimated".
+        disk: bytes of the run folder.
+    """
+
+    job: Job
+    seconds: float
+    source: str
+    disk: float
+
+
+def step_cost(recipe: Recipe) -> Cost:
+    """The cost of one step; the passes are those of the table in `methods/step.py`."""
+    with torch.device("meta"):
+        encoder = Backbone(replace(recipe.model, weights="none"))
+    matrices = sum(p.numel() for p in encoder.vit.blocks.parameters() if p.ndim == 2)
+
+    def tokens(side: float) -> int:
+        height, width = (max(1, round(side / patch)) for patch in encoder.patch_size)
+        return height * width + encoder.num_prefix_tokens
+
+    def forward(side: float) -> float:
+        return 2 * matrices * tokens(side) + 4 * tokens(side) ** 2 * encoder.width * encoder.depth
+
+    side, batch = recipe.data.crop, recipe.data.batch
+    flops = batch * sum(weight * forward(each) for each, weight in _passes(recipe))
+    parameters = sum(p.numel() for p in encoder.parameters())
+    return Cost(flops, parameters, (batch * tokens(side), encoder.width))
+
+
+def _passes(recipe: Recipe) -> Iterable[tuple[float, int]]:
+    """Side of an image and 1, or 3 with the backward pass, for every pass of one image in a step."""
+    side, contrast = recipe.data.crop, recipe.contrast
+    maps = [(scale * side, 1) for scale in recipe.cam.scales for _ in range(1 + recipe.cam.flip)]
+    yield (side, 3)
+    yield from maps
+    if recipe.losses.ctc:
+        yield (side, 3)
+        yield from [(contrast.local_size, 3)] * contrast.local_crops
+    if recipe.self_reinforced:
+        yield (side, 3)
+        yield from [(side, 1)] * 2
+        yield from maps
+
+
+def seconds_per_step(recipe: Recipe, cost: Cost) -> float:
+    """The expected time of a step here: `cost.flops` at a share of the speed of matrix products.
+
+    On a CPU the product is timed by the clock of this process, so that a busy machine changes little.
+    """
+    device = resolve_device(recipe.train.device)
+    on_cpu, tokens, width = device.type == "cpu", *cost.shape
+    a, b = torch.ones(tokens, width, device=device), torch.ones(width, 4 * width, device=device)
+    clock = time.process_time if on_cpu else time.perf_counter
+    best = float("inf")
+    with autocast(recipe.train.precision, device):
+        for _ in range(4):
+            began = clock()
+            (a @ b)[0, 0].item()  # waits for a GPU
+            best = min(best, clock() - began)
+    speed = 8 * tokens * width**2 / max(best, 1e-6) * (torch.get_num_threads() if on_cpu else 1)
+    share = SHARE["cpu", precision(recipe.train.precision, device)] if on_cpu else GPU_SHARE
+    return cost.flops / (share * speed)
+
+
+def _kind(recipe: Recipe) -> str:
+    """The same for runs whose steps take equally long."""
+    return replace(recipe, train=replace(recipe.train, seed=0, steps=1)).hash()
+
+
+def _measured(folder: Path) -> dict[str, float]:
+    """Seconds per step of the runs in a folder of results, by their kind."""
+    found = {}
+    for run in map(RunFolder, sorted(folder.glob("*/"))):
+        if run.recipe_file.is_file() and run.history.is_file():
+            with run.history.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            if rows:
+                found[_kind(run.recipe())] = float(rows[-1]["seconds"]) / int(rows[-1]["step"])
+    return found
+
+
+def plan(jobs: Sequence[Job]) -> list[Planned]:
+    """Every run of the jobs once, with its expected time and disk."""
+    recipes: dict[str, Job] = {}
+    for job in jobs:
+        recipes.setdefault(job.recipe.hash(), job)
+    measured = {folder: _measured(folder) for folder in {job.folder.parent for job in jobs}}
+    estimated: dict[str, float] = {}
+    planned = []
+    for job in recipes.values():
+        kind, cost = _kind(job.recipe), step_cost(job.recipe)
+        if RunFolder(find_finished(job.recipe, job.folder)).is_finished(job.recipe):
+            planned.append(Planned(job, 0.0, "finished", 0.0))
+            continue
+        known = measured[job.folder.parent].get(kind)
+        if known is None and kind not in estimated:
+            estimated[kind] = seconds_per_step(job.recipe, cost)
+        seconds = job.recipe.train.steps * (estimated[kind] if known is None else known)
+        planned.append(Planned(job, seconds, "estimated" if known is None else "measured", cost.disk))
+    return planned
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h` or `4.6 days`."""
+    for size, unit in ((86400 * 1.5, "days"), (3600 * 1.5, "h"), (90, "min")):
+        if seconds >= size:
+            value = seconds / {"days": 86400, "h": 3600, "min": 60}[unit]
+            return f"{value:.0f} {unit}" if unit == "min" else f"{value:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def describe(planned: Sequence[Planned]) -> str:
+    """One line per run and their sum."""
+    lines = []
+    for each in planned:
+        recipe, name = each.job.recipe, each.job.folder.name
+        if each.source == "finished":
+            lines.append(f"  {name:32} already finished")
+            continue
+        steps = f"{recipe.train.steps} steps of {recipe.data.batch}, seed {recipe.train.seed}"
+        lines.append(f"  {name:32} {steps:28} about {duration(each.seconds)} ({each.source})")
+    left = [each for each in planned if each.source != "finished"]
+    if left:
+        device = describe_device(resolve_device(left[0].job.recipe.train.device))
+        disk = sum(each.disk for each in left) / 1e9
+        total = duration(sum(each.seconds for each in left))
+        lines.append(f"  {len(left)} runs to train: about {total} on {device}, {disk:.1f} GB of disk")
+    return "\n".join(lines)
+
+
+def confirm(planned: Sequence[Planned], yes: bool, limit: float = float("inf")) -> None:
+    """Ask before something long starts: a full-size run without a GPU, or more than `limit` seconds in all.
+
+    Args:
+        yes: the answer, given beforehand.
+
+    Raises:
+        UserError: the answer is no, or nobody is there to give it.
+    """
+    total = sum(each.seconds for each in planned)
+    slow = [each for each in planned if each.seconds > FULL and not _on_gpu(each.job.recipe)]
+    if yes or not (slow or total > limit):
+        return
+    said = f"training would take about {duration(total)}"
+    if slow:
+        name, one = slow[0].job.recipe.name, duration(slow[0].seconds)
+        said = f"without a GPU, {name} would take about {one} on this machine"
+        if slow[0].job.recipe.data.name == "voc":
+            said += "; voc_mini is a small recipe for a CPU"
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        if input(f"{said[0].upper()}{said[1:]}. Start? [y/N] ").strip().lower() in ("y", "yes"):
+            return
+        raise UserError("nothing was started.")
+    raise UserError(f"{said}; add --yes to start it nevertheless.")
+
+
+def _on_gpu(recipe: Recipe) -> bool:
+    return resolve_device(recipe.train.device).type == "cuda"
+
+
+def notebook_jobs(trains: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> list[Job]:
+    """The runs of a notebook.
+
+    Args:
+        trains: the entry `trains` of its metadata, one mapping per group of runs: `methods`, `seeds`, `steps`
+            and `arms` name a parameter or say the value itself; `name` is added to the names of the runs.
+        values: the notebook's parameters.
+
+    Raises:
+        UserError: an unknown method, setting or set of arms.
+    """
+    jobs: list[Job] = []
+    for entry in trains:
+        given = {
+            key: values.get(value, value) if isinstance(value, str) else value for key, value in entry.items()
+        }
+        many = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
+        arms: dict[str, Mapping[str, Any]] = {}
+        for question in many.get("arms", ()):
+            if question not in FSR_ARMS:
+                raise UserError(f"there is no FSR ablation '{question}'; choose among {', '.join(FSR_ARMS)}.")
+            arms |= FSR_ARMS[question]
+        steps = given.get("steps", 0)
+        names = (values.get("run_name"), f"{given['name']}{steps}" if "name" in given else "")
+        found = study_jobs(
+            values["preset"],
+            many["methods"],
+            many["seeds"],
+            splits={},
+            steps=steps,
+            device=values.get("device", "auto"),
+            run_name="-".join(filter(None, names)),
+            changes=values.get("overrides"),
+            arms=arms or None,
+        )
+        jobs += found.values()
+    return jobs
