@@ -315,3 +315,14 @@ def test_every_head_is_sent_with_its_numbers(script, image, mask):
     assert unpacked(view, "own")[3 * 16 + 5] == pytest.approx(float(share[[5, 6, 9, 10]].sum()), abs=1e-5)
     with pytest.raises(UserError, match="several images"):
         explorers.heads(image, affinity(batch=2).attention)
+
+
+def test_a_menu_changes_what_is_shown(image):
+    panel = explorers.chooser(
+        lambda start: explorers.microscope(image, affinity(), start=start), start=[3, 7]
+    )
+    assert panel.view.patch == 3 and panel.chosen == {"start": 3}
+    panel.menus["start"].value = 7
+    assert panel.view.patch == 7
+    with pytest.raises(UserError, match="nothing to choose from for 'image'"):
+        explorers.chooser(None, image=[])

@@ -259,3 +259,22 @@ def head_maps(attention: Attention) -> tuple[list[int], np.ndarray, dict[str, np
     facts = numbers.nan_to_num().numpy().astype(np.float32).T
     named = dict(zip(("entropy", "distance", "class_mass"), facts, strict=True))
     return layers, torch.cat([m[:, p:, p:] for m in maps]).numpy(), named
+
+
+def memory_sliders(given: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, list]:
+    """Label, [lowest, highest, step] and start of every size that can be changed; all sizes from 1 on."""
+    for name, size in {**given, **fixed}.items():
+        if size < 1:
+            raise UserError(f"{name} is {size}; it must be at least 1.")
+    patch = fixed["patch"]
+    ranges = {
+        "side": ("image side, pixels", patch, 1536),
+        "batch": ("images per step", 1, 16),
+        "layers": ("layers K", 1, 24),
+        "heads": ("heads H", 1, 24),
+        "budget": ("memory, GB", 1, 80),
+    }
+    return {
+        name: [label, [step, max(most, given[name]), step], given[name]]
+        for name, (label, step, most) in ranges.items()
+    }

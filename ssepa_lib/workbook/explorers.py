@@ -6,15 +6,16 @@ than 128 pixels are made smaller, and the scores are those of the smaller masks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from ipywidgets import Dropdown, HBox, VBox
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.model import Attention
 from ssepa_lib.workbook import explorer_data as data
-from ssepa_lib.workbook.explorer_host import Explorer
+from ssepa_lib.workbook.explorer_host import Explorer, display_both
 from ssepa_lib.workbook.figures.images import Array, to_numpy
 
 
@@ -171,6 +172,44 @@ def propagation(
     return Explorer("propagation", "Propagation, step by step", arrays, spec, patch=start, step=1)
 
 
+class Chooser(VBox):
+    """Menus above an explorer; `view` is the explorer, `chosen` what the menus say."""
+
+    def __init__(self, make: Callable[..., Explorer], choices: Mapping[str, Sequence[Any]]):
+        menus = {name: Dropdown(options=list(options), description=name) for name, options in choices.items()}
+        self.make, self.menus = make, menus
+        self.view = make(**self.chosen)
+        for menu in menus.values():
+            menu.observe(lambda change: self.view.show(make(**self.chosen)), "value")
+        super().__init__([HBox(list(menus.values()), layout={"flex_flow": "row wrap"}), self.view])
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Name of a menu → its value."""
+        return {name: menu.value for name, menu in self.menus.items()}
+
+    def _ipython_display_(self) -> None:
+        display_both(self, self.view.frozen())
+
+
+def chooser(make: Callable[..., Explorer], **choices: Sequence[Any]) -> Chooser:
+    """An explorer whose run, image or class is chosen from menus; every choice runs `make` in Python.
+
+    Without a kernel the explorer of the first choices is shown, without menus.
+
+    Args:
+        make: called with one value per menu, by name; returns the explorer.
+        choices: name of a menu → its values, at least one; the first ones are shown first.
+
+    Raises:
+        UserError: a menu without a value.
+    """
+    for name, options in choices.items():
+        if not len(options):
+            raise UserError(f"there is nothing to choose from for '{name}'; give at least one value.")
+    return Chooser(make, choices)
+
+
 MAPS = {
     "cam": "CAM",
     "aux_cam": "auxiliary CAM",
@@ -308,16 +347,6 @@ def memory(
         UserError: a size below 1.
     """
     given = {"side": side, "batch": batch, "layers": layers, "heads": heads, "budget": budget}
-    for name, size in (given | {"width": width, "patch": patch}).items():
-        if size < 1:
-            raise UserError(f"{name} is {size}; it must be at least 1.")
-    ranges = {
-        "side": ("image side, pixels", (patch, max(1536, side), patch)),
-        "batch": ("images per step", (1, max(16, batch), 1)),
-        "layers": ("layers K", (1, max(24, layers), 1)),
-        "heads": ("heads H", (1, max(24, heads), 1)),
-        "budget": ("memory, GB", (1, max(80, budget), 1)),
-    }
-    sliders = {name: [label, list(limits), given[name]] for name, (label, limits) in ranges.items()}
+    sliders = data.memory_sliders(given, {"width": width, "patch": patch})
     spec = {"sliders": sliders, "width": width, "patch": patch, "prefix": prefix}
     return Explorer("memory", "What fits into memory", {}, spec)

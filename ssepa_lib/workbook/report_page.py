@@ -57,7 +57,8 @@ class _Equations:
         return f"EQUATION{len(self.found) - 1}N"
 
     def give(self, page: str) -> str:
-        """The HTML with every word replaced by its equation."""
+        """The HTML with every word replaced by its equation; addresses of headings go without."""
+        page = re.sub(r'(id|href)="[^"]*"', lambda m: re.sub(r"EQUATION\d+N", "", m[0]), page)
         return re.sub(r"EQUATION(\d+)N", lambda m: self.found[int(m[1])], page)
 
 

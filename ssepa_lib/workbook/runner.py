@@ -42,7 +42,12 @@ def _engine(on_cell: Callable[[int, int], None], errors: IO[bytes]) -> str:
                 return cell_start(cell, cell_index, **more)
 
             nb_man.cell_start = start
-            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout)
+            client = PapermillNotebookClient(
+                nb_man,
+                kernel_name=kernel_name,
+                startup_timeout=start_timeout,
+                store_widget_state=False,  # what an explorer shows without a kernel lies in its output
+            )
             # nbclient would answer an `interact` on the very socket where it awaits the cell's end, and might
             # then wait forever (jupyter/nbclient issue 312); without the answer its output becomes the cell's
             client.comm_open_handlers.clear()

@@ -74,6 +74,11 @@ def class_palette(masks: Sequence[Array]) -> np.ndarray:
     return palette
 
 
+def mask_colours(mask: Array, among: Sequence[Array] | None = None) -> np.ndarray:
+    """Class ids [H, W] in the colours of `class_palette`, uint8 [H, W, 3]; `among`: the figure's masks."""
+    return class_palette([mask] if among is None else among)[to_numpy(mask).astype(np.uint8)]
+
+
 def class_legend(masks: Sequence[Array], classes: Sequence[str]) -> list[Patch]:
     """Legend entries of the classes that some masks show, in the colours of `class_palette`."""
     present = sorted({int(i) for mask in masks for i in np.unique(to_numpy(mask))} - {0})
@@ -97,7 +102,7 @@ def plot_mask(
         among: all masks of a figure, so that they share their colours; None: this one alone.
     """
     ax = own_axes(ax, (3, 3))
-    colours = class_palette([mask] if among is None else among)[to_numpy(mask).astype(np.uint8)]
+    colours = mask_colours(mask, among)
     if image is not None:
         mixed = (0.4 * to_pixels(image) + 0.6 * colours).astype(np.uint8)
         colours = np.where((to_numpy(mask) > 0)[..., None], mixed, to_pixels(image))
