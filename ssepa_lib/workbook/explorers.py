@@ -5,7 +5,6 @@ be looked at; what the reader chose can be read back (`view.patch`, `view.layer`
 than 128 pixels are made smaller, and the scores are those of the smaller masks.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -309,15 +308,14 @@ def heads(
     pixels, grid = data.image_pixels(image), attention.grid
     layers, maps, arrays = data.head_maps(attention)
     if mask is not None:
-        ids = data.patch_ids(data.mask_ids(mask, pixels), grid)
-        arrays["own"] = data.row_facts(maps, grid, ids)["own"]
+        arrays["own"] = data.row_facts(maps, grid, data.patch_ids(data.mask_ids(mask, pixels), grid))["own"]
     arrays["codes"], arrays["scales"] = data.quantise(maps)
     spec = {
         "grid": grid,
         "image": data.picture(pixels),
         "layers": layers,
         "heads": attention.heads,
-        "limit": math.log(attention.patches + attention.num_prefix_tokens),
+        "limit": float(np.log(attention.patches + attention.num_prefix_tokens)),
         "prefix": attention.num_prefix_tokens > 0,
         "names": {data.existing_patch(patch, grid): str(name) for patch, name in (names or {}).items()},
     }
