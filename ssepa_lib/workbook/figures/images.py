@@ -298,7 +298,7 @@ def plot_crop_views(
 
 
 def plot_box(image: Array, box: Sequence[int], ax: Axes | None = None, title: str = "") -> Axes:
-    """A training crop [3, S, S] and the frame (y0, y1, x0, x1) of the part that is not padding."""
+    """The training crop [3, S, S] and the frame (y0, y1, x0, x1) of the part that is not padding."""
     ax = plot_image(image, ax, title)
     y0, y1, x0, x1 = (int(v) for v in box)
     inset = 0.012 * (y1 - y0)
