@@ -764,7 +764,7 @@ KINDS.heads = (v) => {
 
 KINDS.memory = (v) => {
   const { spec } = v, names = { stack_heads: "every head", stack_layers: "head means", matrix_free: "matrix-free" };
-  let value = 4, large = false;
+  let value = 4, large = true;
   const chart = v.panel(v.panels("40rem"), "", 2.4);
   chart.canvas.parentNode.classList.add("wide");
   const redraw = () => v.draw();
