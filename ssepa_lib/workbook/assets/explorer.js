@@ -208,7 +208,7 @@ function tile(values, [rows, columns], colour) {
 
 class View {
   constructor(model, el) {
-    const spec = model.get("spec"), raw = model.get("blob");
+    const spec = model.get("spec"), raw = model.get("blob") ?? new Uint8Array();
     const bytes = raw instanceof Uint8Array ? raw : new Uint8Array(raw.buffer, raw.byteOffset, raw.byteLength);
     Object.assign(this, { model, spec, el, data: {}, off: [] });
     for (const [name, { at, count, type }] of Object.entries(spec.parts)) {
