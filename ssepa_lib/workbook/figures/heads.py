@@ -10,12 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from ssepa_lib.workbook.figures.images import Array, plot_affinity_row, to_numpy
-from ssepa_lib.workbook.figures.style import BESIDE
+from ssepa_lib.workbook.figures.style import BESIDE, CLASS_COLOURS
 
 
 def head_colours(heads: int) -> list:
     """One colour per head, the same in every figure."""
-    return sns.color_palette("colorblind" if heads <= 10 else "husl", heads)
+    few = heads <= len(CLASS_COLOURS)
+    return sns.color_palette(CLASS_COLOURS[:heads] if few else "husl", heads)
 
 
 def plot_head_atlas(
