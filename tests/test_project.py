@@ -48,7 +48,14 @@ def test_what_the_library_imports_is_what_it_declares():
         "lightning_fabric": "lightning-fabric",
         "lightning": "lightning-fabric",
     }
-    brought = {"nbformat", "ipykernel", "nbclient", "IPython", "traitlets"}  # by papermill and jupyterlab
+    brought = {
+        "nbformat",
+        "ipykernel",
+        "nbclient",
+        "IPython",
+        "traitlets",
+        "pygments",
+    }  # by papermill and jupyterlab
     needed = {distribution.get(root, root) for root in roots} - brought
     listed = [*pyproject["dependencies"], *pyproject["optional-dependencies"]["crf"]]
     assert needed <= {re.match(r"[\w-]+", line)[0] for line in listed}

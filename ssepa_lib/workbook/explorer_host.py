@@ -109,7 +109,7 @@ class Explorer(anywidget.AnyWidget):
     def show(self, other: "Explorer") -> None:
         """Take over the data and the choices of another explorer of any kind; the view in the page stays."""
         with self.hold_sync():
-            for name in ("blob", *STATE, "spec"):
+            for name in ("blob", "spec", *STATE):
                 setattr(self, name, getattr(other, name))
 
     @property

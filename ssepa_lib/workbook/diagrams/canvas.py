@@ -11,7 +11,7 @@ from matplotlib.path import Path
 from matplotlib.patheffects import Normal, withStroke
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.workbook.figures.images import CAM_COLOURS, mask_colours, to_numpy, to_pixels
+from ssepa_lib.workbook.figures.images import CAM_COLOURS, class_palette, to_numpy, to_pixels
 
 Point = tuple[float, float]
 STYLES = {  # kind of box → fill, edge
@@ -115,7 +115,9 @@ class Canvas:
         x, y, w, h = at
         extent = (x + 0.4, x + w - 0.4, y + 0.4, y + h - 0.4)
         colours = {"cmap": "Greys" if matrix else CAM_COLOURS, "vmin": 0, "vmax": limit}
-        shown = mask_colours(values) if labels else to_numpy(values)
+        shown = to_numpy(values)
+        if labels:
+            shown = class_palette([values])[shown.astype(np.uint8)]
         if shown.ndim == 3:
             shown, colours = to_pixels(shown), {}
         elif matrix:

@@ -44,7 +44,7 @@ def plot_judged_grid(
     for i, row in enumerate(axes):
         plot_image(images[i], row[0])
         row[0].set_ylabel(names[i])
-        plot_mask(masks[i], classes, row[1], legend=False)
+        plot_mask(masks[i], classes, row[1], legend=False, among=masks)
         for ax, title in zip(row[2:], maps, strict=True):
             plot_cam(maps[title][i], images[i], ax)
             worse = ious[title][i] < ious[base][i]
@@ -154,12 +154,13 @@ def plot_film(
     """
     kinds, moments = list(frames), list(next(iter(frames.values())))
     size = (1.3 * len(moments) + 0.5, 1.45 * len(kinds) + 0.4)
+    labels = [m for kind in frames.values() for m in kind.values() if _holds_ids(m)]
     axes = plt.subplots(len(kinds), len(moments), figsize=size, squeeze=False)[1]
     for line, kind in zip(axes, kinds, strict=True):
         for i, (ax, moment) in enumerate(zip(line, moments, strict=True)):
             values = frames[kind][moment]
             if _holds_ids(values):
-                plot_mask(values, (), ax, image=image, legend=False)
+                plot_mask(values, (), ax, image=image, legend=False, among=labels)
             else:
                 plot_cam(values, image, ax)
             if notes and kind in notes:
