@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),
 ]
 TOKEN = "explorers"
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}  # else JupyterLab asks
 MAKE = """import numpy as np, pandas as pd, torch
 from ssepa_lib.model import Attention, PatchAffinity
 from ssepa_lib.workbook import explorers
@@ -173,7 +174,7 @@ def test_explorers_live_and_saved(browser, lab):
     from selenium.webdriver import Keys
 
     address, root = lab
-    made = new_notebook(cells=[new_code_cell(MAKE)])
+    made = new_notebook(cells=[new_code_cell(MAKE)], metadata={"kernelspec": KERNEL})
     made.cells += [new_code_cell(f"{name} = {call}\n{name}") for name, call in EXPLORERS.items()]
     made.cells += [new_code_cell("print('CHOSEN', view.patch, view.layer, mix.weights)")]
     nbformat.write(made, root / "tried.ipynb")

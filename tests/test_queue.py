@@ -178,9 +178,10 @@ def test_settings_of_evaluation_do_not_mix(job_of, tmp_path):
     assert [outcome.results["val"]["setting"]["background"] for outcome in outcomes] == [0.5, 0.1]
 
 
-def test_the_display_counts_runs_and_time(capsys):
+def test_the_display_counts_runs_and_time(monkeypatch, capsys):
     display = StudyDisplay({"a": 100, "b": 100, "c": 50})
-    display.began -= 60
+    now = display.began + 60
+    monkeypatch.setattr("ssepa_lib.workbook.progress.time.time", lambda: now)
     display("a", {"step": 100, "steps": 100, "seconds_left": 0.0})
     assert "already trained" in display.line()
     display("a", {"state": "done", "message": "a"})

@@ -72,7 +72,10 @@ UNCERTAIN = [(4, 32, False), (4, 16, False), (4, 48, False)]
 def test_the_table_of_forward_passes_is_true(tiny, trainer_for, method, segmenting):
     trainer, batches = trainer_for(tiny(method, **{"losses.segmentation_start": 0.0 if segmenting else 1.0}))
     seen = passes_of(trainer, next(batches))
-    assert [entry[:3] for entry in seen] == EXPECTED[method]
+    passes = EXPECTED[method][
+        : 1 if method == "afa" and not segmenting else None
+    ]  # until then it needs no maps
+    assert [entry[:3] for entry in seen] == passes
     affinity = segmenting and method in ("ssepa", "afa")
     decoder = [entry[3] for entry in seen]
     assert decoder == [segmenting] + [False] * (len(seen) - 1), "the decoder runs on the training crop alone"

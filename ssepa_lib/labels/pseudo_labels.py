@@ -56,8 +56,8 @@ class PseudoLabeler(nn.Module):
     def labels(
         self, image: Tensor, cam: Tensor, label: Tensor, spread: LearnedAffinity | None = None
     ) -> Tensor:
-        """Pixel pseudo-labels for evaluation, with the one threshold `background`, so that nothing is
-        ignored.
+        """Pixel pseudo-labels for evaluation, with one threshold, so that nothing is ignored: `background`,
+        or `low` with `spread`, as in AFA's validation.
 
         Args:
             image, cam, label, spread: as in `training_labels`; there is no padding.
@@ -65,7 +65,8 @@ class PseudoLabeler(nn.Module):
         Returns:
             long [B, H, W]: 0..C.
         """
-        return self._refined_labels(image, cam, label, [self.background], spread)[0]
+        threshold = self.background if spread is None else self.low
+        return self._refined_labels(image, cam, label, [threshold], spread)[0]
 
     @torch.no_grad()
     def token_labels(self, aux_cam: Tensor, grid: tuple[int, int]) -> Tensor:

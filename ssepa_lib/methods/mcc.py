@@ -26,7 +26,7 @@ ORDER = 5  # after ToCo, in the place of its class token contrast
 
 def objectives(recipe: Recipe, network: Network) -> list[Objective]:
     """The contrast of masked views where a recipe asks for it."""
-    masked = recipe.contrast.views == "masked" and recipe.losses.ctc > 0
+    masked = recipe.contrast.views == "masked"  # then losses.ctc is above 0
     return [MaskedContrast(recipe, network.backbone.width)] if masked else []
 
 

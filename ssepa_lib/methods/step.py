@@ -20,9 +20,10 @@ flip:
 | CAM of the second view, per scale with flip | 2B | S, S/2, 1.5·S | no | FSR with uncertain blocks |
 | flipped copy of the crop | B | 1.4·S | no | HAAF's objective "equivariance" |
 
-The decoder runs on the training crop alone, from `losses.segmentation_start` on. The patch affinity adds no
-forward pass: it reads the attention of the passes above. With `cam.teacher_momentum` the CAM passes, then
-with the image itself, go to the averaged network. The image itself and its flip share one call.
+The decoder runs on the training crop alone, from `losses.segmentation_start` on; AFA makes no maps before.
+The patch affinity adds no forward pass: it reads the attention of the passes above. With
+`cam.teacher_momentum` the CAM passes, then with the image itself, go to the averaged network. The image
+itself and its flip share one call.
 """
 
 from collections.abc import Set

@@ -1,9 +1,9 @@
 """What a call is going to train, before it starts: runs, steps, expected time and disk.
 
 The time of a step is read from the history of an earlier run with the same settings where there is one.
-Otherwise it is estimated: the floating-point operations of its passes through the encoder, divided by a share
-of the speed at which this machine multiplies matrices of that size. Such an estimate may be wrong by a factor
-of two or three; it tells minutes from days.
+Otherwise it is estimated: the floating-point operations of its passes through the encoder, divided by the speed
+that whole training steps reached on an x86 core, or by a share of the speed at which the GPU multiplies matrices.
+Such an estimate may be wrong by a factor of three; it tells minutes from days.
 """
 
 import csv
@@ -27,8 +27,8 @@ from ssepa_lib.workbook.study import study_jobs
 
 LONG = 30 * 60  # seconds of training from which a call of the notebooks has to be confirmed
 FULL = 12 * 3600  # seconds from which a run without a GPU has to be confirmed
-SHARE = {("cpu", "fp32"): 0.4, ("cpu", "bf16"): 0.15}  # of the speed of matrix products that a step reaches
-GPU_SHARE = 0.05
+CORE_SPEED = {"fp32": 45e9, "bf16": 75e9}  # FLOP/s of a core in a step (shapes; voc_mini without AMX)
+GPU_SHARE = 0.05  # of the speed of matrix products that a step reaches
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,20 @@ def _passes(recipe: Recipe) -> Iterable[tuple[float, int]]:
 
 
 def seconds_per_step(recipe: Recipe, cost: Cost) -> float:
-    """The expected time of a step here: `cost.flops` at a share of the speed of matrix products.
-
-    On a CPU the product is timed by the clock of this process, so that a busy machine changes little.
-    """
+    """The expected time of a step on the recipe's device."""
     device = resolve_device(recipe.train.device)
-    on_cpu, tokens, width = device.type == "cpu", *cost.shape
+    kind = precision(recipe.train.precision, device)
+    if device.type == "cpu":  # not timed here, because a busy machine would seem slow for ever
+        return cost.flops / (CORE_SPEED[kind] * torch.get_num_threads())
+    tokens, width = cost.shape
     a, b = torch.ones(tokens, width, device=device), torch.ones(width, 4 * width, device=device)
-    clock = time.process_time if on_cpu else time.perf_counter
     best = float("inf")
     with autocast(recipe.train.precision, device):
         for _ in range(4):
-            began = clock()
-            (a @ b)[0, 0].item()  # waits for a GPU
-            best = min(best, clock() - began)
-    speed = 8 * tokens * width**2 / max(best, 1e-6) * (torch.get_num_threads() if on_cpu else 1)
-    share = SHARE["cpu", precision(recipe.train.precision, device)] if on_cpu else GPU_SHARE
-    return cost.flops / (share * speed)
+            began = time.perf_counter()
+            (a @ b)[0, 0].item()  # waits for the GPU
+            best = min(best, time.perf_counter() - began)
+    return cost.flops / (GPU_SHARE * 8 * tokens * width**2 / max(best, 1e-6))
 
 
 def _kind(recipe: Recipe) -> str:
