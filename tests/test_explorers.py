@@ -13,7 +13,8 @@ from py_mini_racer import MiniRacer
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.attention import attention_entropy
 from ssepa_lib.labels.cam import cam_to_label, normalise_cam
-from ssepa_lib.methods.fsr import _uniform, edge_strength, mask_blocks
+from ssepa_lib.methods.blocks import uniform
+from ssepa_lib.methods.fsr import edge_strength, mask_blocks
 from ssepa_lib.model import Attention, LayerWeights, PatchAffinity
 from ssepa_lib.recipe import ReinforceConfig
 from ssepa_lib.workbook import explorers
@@ -222,7 +223,7 @@ def test_propagation_follows_the_affinity_for_sixteen_steps(script, image, mask)
 def test_the_same_blocks_are_hidden_as_in_training(script, selection):
     config = ReinforceConfig(mask_block=2, mask_ratio=0.4, selection=selection, random_until=0)
     activation, image = torch.rand(1, 12, 12), torch.rand(1, 3, 48, 48) * 255
-    order = _uniform(1, blocks=36, generator=torch.Generator().manual_seed(3))
+    order = uniform(1, (36,), torch.Generator().manual_seed(3))
     exact = mask_blocks(activation, image, (12, 12), config, 1.0, torch.Generator().manual_seed(3))
     blocks = F.interpolate(activation[None], (6, 6), mode="nearest").flatten()
     edges = edge_strength(image, (12, 12), 2).flatten()
