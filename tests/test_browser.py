@@ -46,6 +46,8 @@ EXPLORERS = {
     "spread": "explorers.propagation(image, affinity, cam=cam, mask=mask)",
     "grown": "explorers.timeline(image, snapshots, history)",
     "hidden": "explorers.masks(image, cam, cam, cam)",
+    "several": "explorers.heads(image, affinity.attention, mask=mask, names={8: 'Body'})",
+    "fits": "explorers.memory()",
 }
 
 
@@ -185,7 +187,10 @@ def test_explorers_live_and_saved(browser, lab):
     )
     command(browser, "notebook:run-all-cells")
     until(
-        lambda: len(elements(browser, ".ssepa-live canvas")) >= 6 and "CHOSEN 0 None" in browser.page_source,
+        lambda: (
+            len(elements(browser, ".ssepa-live canvas")) >= len(EXPLORERS)
+            and "CHOSEN 0 None" in browser.page_source
+        ),
         240,
     )
     assert not elements(browser, '[data-mime-type*="stderr"], [data-mime-type*="error"]')
@@ -204,7 +209,7 @@ def test_explorers_live_and_saved(browser, lab):
     assert errors(browser) == []
     close_kernels(address)
     browser.get(f"{address}/lab/tree/tried.ipynb?reset")
-    until(lambda: len(elements(browser, "iframe.ssepa-frozen")) == 6, 240)
+    until(lambda: len(elements(browser, "iframe.ssepa-frozen")) == len(EXPLORERS), 240)
     until(lambda: elements(browser, "iframe.ssepa-frozen")[0].is_displayed())
     texts = [c.text for c in elements(browser, ".jp-OutputArea-child") if c.is_displayed()]
     assert not [t for t in texts if "widget" in t.lower()], "a live view without a kernel stays hidden"
@@ -254,7 +259,7 @@ def try_page(browser, page):
     browser.get(page.as_uri())
     assert elements(browser, "math")[0].size["height"] > 20
     frames = elements(browser, "iframe")
-    assert len(frames) == 6
+    assert len(frames) == len(EXPLORERS)
     for frame in frames:
         browser.execute_script("arguments[0].scrollIntoView()", frame)
         assert until(lambda f=frame: f.size["height"] if f.size["height"] != 512 else 0, 20) > 200

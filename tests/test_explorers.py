@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from py_mini_racer import MiniRacer
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.attention import attention_entropy
 from ssepa_lib.labels.cam import cam_to_label, normalise_cam
-from ssepa_lib.methods.fsr import _uniform, edge_strength, mask_blocks
+from ssepa_lib.methods.blocks import uniform
+from ssepa_lib.methods.fsr import edge_strength, mask_blocks
 from ssepa_lib.model import Attention, LayerWeights, PatchAffinity
 from ssepa_lib.recipe import ReinforceConfig
 from ssepa_lib.workbook import explorers
 from ssepa_lib.workbook.explorer_host import LIMIT, MODULE, pack
+from ssepa_lib.workbook.memory_study import STRATEGIES, largest_side, step_bytes
 
 GRID, LAYERS, SIDE = (4, 4), 3, 32
 
@@ -220,7 +223,7 @@ def test_propagation_follows_the_affinity_for_sixteen_steps(script, image, mask)
 def test_the_same_blocks_are_hidden_as_in_training(script, selection):
     config = ReinforceConfig(mask_block=2, mask_ratio=0.4, selection=selection, random_until=0)
     activation, image = torch.rand(1, 12, 12), torch.rand(1, 3, 48, 48) * 255
-    order = _uniform(1, blocks=36, generator=torch.Generator().manual_seed(3))
+    order = uniform(1, (36,), torch.Generator().manual_seed(3))
     exact = mask_blocks(activation, image, (12, 12), config, 1.0, torch.Generator().manual_seed(3))
     blocks = F.interpolate(activation[None], (6, 6), mode="nearest").flatten()
     edges = edge_strength(image, (12, 12), 2).flatten()
@@ -278,6 +281,41 @@ def test_one_view_can_take_over_another(image, mask):
     )
     view.show(other)
     assert view.spec["kind"] == "propagation" and view.blob == other.blob and view.step == 1
+
+
+@pytest.mark.parametrize("value", [2, 4])
+def test_the_memory_explorer_counts_as_the_library_does(script, value):
+    sizes = {"batch": 3, "layers": 5, "heads": 4, "width": 96, "patch": 8, "prefix": 1, "value": value}
+    sizes |= {"scale": 1.5, "flip": True}
+    found = script("stepBytes", json.dumps({"side": 104} | sizes))
+    for strategy in STRATEGIES:
+        exact = step_bytes(104, strategy, **sizes)
+        assert found["kept"] == exact["kept"] and found["maps"][strategy] == exact["maps"]
+        largest = script("largestSide", json.dumps(sizes), json.dumps(strategy), 3e8)
+        assert largest == largest_side(strategy, 3e8, **sizes)
+
+
+def test_the_memory_explorer_starts_where_it_is_told():
+    view = explorers.memory(side=224, budget=8)
+    assert view.spec["sliders"]["side"] == ["image side, pixels", [16, 1536, 16], 224]
+    assert view.spec["sliders"]["budget"][2] == 8 and "http" not in view.page()
+    with pytest.raises(UserError, match="patch is 0"):
+        explorers.memory(patch=0)
+
+
+def test_every_head_is_sent_with_its_numbers(script, image, mask):
+    attention = affinity().attention
+    view = explorers.heads(image, attention, mask=mask, start=5, names={5: "Body"})
+    maps, sent = [attention.layer_map(k)[0] for k in range(LAYERS)], matrices(view)
+    assert len(sent) == LAYERS * 2 and (view.layer, view.head, view.patch) == (2, 0, 5)
+    exact = maps[1][1, 6, 1:]  # layer 1, head 1, patch 5
+    assert np.allclose(script("row", sent[3], 5), exact, atol=2e-3 * float(exact.max()))
+    entropies = [attention_entropy(m).mean(-1) for m in maps]
+    assert np.allclose(unpacked(view, "entropy"), np.concatenate(entropies), atol=1e-5)
+    share = exact / exact.sum()
+    assert unpacked(view, "own")[3 * 16 + 5] == pytest.approx(float(share[[5, 6, 9, 10]].sum()), abs=1e-5)
+    with pytest.raises(UserError, match="several images"):
+        explorers.heads(image, affinity(batch=2).attention)
 
 
 def test_a_menu_changes_what_is_shown(image):

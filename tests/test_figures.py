@@ -182,6 +182,49 @@ def test_crop_views_say_which_are_positive(sample):
     crops = [sample[0][:, :8, :8]] * 3
     axes = figures.plot_crop_views(sample[0], (0, 24, 0, 20), torch.ones(24, 32), crops, [True, False, True])
     assert [ax.get_title() for ax in axes[2:]] == ["positive", "negative", "positive"]
+    axes = figures.plot_crop_views(sample[0], (0, 24, 0, 20), torch.ones(24, 32), crops, [1, 0, 1], sample[0])
+    assert [ax.get_title() for ax in axes[1:4]] == [
+        "second global view",
+        "regions (auxiliary CAM)",
+        "positive",
+    ]
+
+
+def test_the_card_shows_the_label_without_places(sample):
+    label, mask = torch.tensor([0.0, 1.0]), torch.zeros(24, 32, dtype=torch.uint8)
+    mask[4:9, 4:9] = 2
+    *_, scored, vector = figures.plot_card(sample[0], sample[0], (0, 24, 0, 32), label, ["ox", "elk"], mask)
+    assert [text.get_text() for text in vector.texts] == ["0", "1"]
+    assert [text.get_text() for text in scored.get_legend().get_texts()] == ["elk"]
+    scored = figures.plot_card(sample[0], sample[0], (0, 24, 0, 32), label, ["ox", "elk"], None)[2]
+    assert [text.get_text() for text in scored.texts] == ["no mask"]
+
+
+def test_samples_have_a_row_for_what_is_known(sample):
+    images, ids = [sample[0]] * 2, [torch.zeros(24, 32, dtype=torch.uint8)] * 2
+    assert figures.plot_samples(images, None, None, ["ox"], ["a", "b"]).shape == (1, 2)
+    axes = figures.plot_samples(images, ids, ids, ["ox"], ["a", "b"])
+    assert axes.shape == (3, 2) and axes[0, 1].get_title() == "b"
+
+
+def test_the_atlas_has_a_panel_per_head_and_a_dot_per_head(sample):
+    table = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "entropy": [1.0, 2.0, 1.5, 0.5]})
+    ax = figures.plot_head_atlas(sample[0], torch.rand(2, 2, 12), table, 5, (3, 4), 2.6)
+    assert len(ax.figure.axes) == 5 and ax.get_ylim()[1] > 2.6
+    dots = sorted(y for line in ax.lines[:2] for y in line.get_ydata())
+    assert dots == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_a_claim_joins_the_runs_of_one_seed():
+    deep = pd.DataFrame(
+        {"run": ["a", "b", "a"], "seed": [0, 0, 1], "entropy": [1.0, 2.0, 3.0], "entropy_spread": 0.1}
+    )
+    axes = figures.plot_claim(deep, {"a": "without", "b": "with"})
+    lines = [line.get_ydata().tolist() for line in axes[0].lines]
+    assert lines[0] == [1.0, 2.0] and lines[1][0] == 3.0 and np.isnan(lines[1][1])
+    layers = pd.DataFrame({"mIoU": [10.0, 20.0], "entropy": [1.0, 2.0]})
+    (ax,) = figures.plot_number_against_miou(layers, {"entropy": "entropy, nats"})
+    assert [text.get_text() for text in ax.texts] == ["0", "1"]
 
 
 def test_compare_runs_shows_means_and_seeds():

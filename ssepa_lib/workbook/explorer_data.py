@@ -12,7 +12,8 @@ from PIL import Image
 
 from ssepa_lib.data import IGNORE
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.attention import attention_entropy, patch_distances
+from ssepa_lib.evaluation.attention import attention_entropy, map_statistics, patch_distances
+from ssepa_lib.model import Attention
 from ssepa_lib.workbook.explorer_host import LIMIT
 from ssepa_lib.workbook.figures.images import Array, to_numpy, to_pixels
 
@@ -237,3 +238,43 @@ def loss_curves(history: Any, rows: int = 200) -> dict[str, Any]:
         return [float(f"{x:.4g}") if np.isfinite(x) else None for x in table[column].astype(float)]
 
     return {"step": [int(s) for s in table["step"]], "terms": {c: numbers(c) for c in columns}}
+
+
+def head_maps(attention: Attention) -> tuple[list[int], np.ndarray, dict[str, np.ndarray]]:
+    """Patch-to-patch maps of every head of one image, of as many layers as fit, evenly spaced.
+
+    Returns:
+        The layers, the maps [layers · H, N, N], and per map `entropy` (nats), `distance` (patches) and
+        `class_mass` (0..1, 0 without a class token), float32.
+    """
+    if len(attention.queries[0]) != 1:
+        raise UserError("the attention belongs to several images; pass that of one image, attention[0:1].")
+    p, room = attention.num_prefix_tokens, int(0.7 * LIMIT) // (attention.heads * attention.patches**2)
+    count = max(1, min(attention.depth, room))
+    layers = np.unique(np.linspace(0, attention.depth - 1, count).round().astype(int)).tolist()
+    if count < attention.depth:
+        print(f"{count} of {attention.depth} layers are shown: {attention.patches} patches make large maps.")
+    maps = [attention.layer_map(k)[0].detach().cpu() for k in layers]  # [H, T, T] each
+    numbers = torch.cat([map_statistics(m, patch_distances(attention.grid, (1, 1)), p) for m in maps])
+    facts = numbers.nan_to_num().numpy().astype(np.float32).T
+    named = dict(zip(("entropy", "distance", "class_mass"), facts, strict=True))
+    return layers, torch.cat([m[:, p:, p:] for m in maps]).numpy(), named
+
+
+def memory_sliders(given: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, list]:
+    """Label, [lowest, highest, step] and start of every size that can be changed; all sizes from 1 on."""
+    for name, size in {**given, **fixed}.items():
+        if size < 1:
+            raise UserError(f"{name} is {size}; it must be at least 1.")
+    patch = fixed["patch"]
+    ranges = {
+        "side": ("image side, pixels", patch, 1536),
+        "batch": ("images per step", 1, 16),
+        "layers": ("layers K", 1, 24),
+        "heads": ("heads H", 1, 24),
+        "budget": ("memory, GB", 1, 80),
+    }
+    return {
+        name: [label, [step, max(most, given[name]), step], given[name]]
+        for name, (label, step, most) in ranges.items()
+    }

@@ -26,7 +26,7 @@ from ssepa_lib.workbook.figures.style import CLASS_COLOURS
 
 MODULE = Path(__file__).parent / "assets" / "explorer.js"
 LIMIT = 700_000  # bytes of a frozen explorer's data, as base64
-STATE = ("patch", "layer", "weights", "step", "thresholds")  # what the reader chooses
+STATE = ("patch", "layer", "head", "weights", "step", "thresholds")  # what the reader chooses
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -75,6 +75,7 @@ class Explorer(anywidget.AnyWidget):
 
     Attributes:
         patch, layer: the chosen patch, 0..N-1, and layer, None for all layers (microscope, propagation).
+        head: the chosen head, 0..H-1 (heads).
         weights: the layer weights, [K] (mixer).
         step: the chosen number of steps (propagation) or snapshot (timeline).
         thresholds: high and low (thresholds), or the two ends of what is uncertain (masks).
@@ -85,6 +86,7 @@ class Explorer(anywidget.AnyWidget):
     blob = traitlets.Bytes().tag(sync=True)
     patch = traitlets.Int(0).tag(sync=True)
     layer = traitlets.Int(None, allow_none=True).tag(sync=True)
+    head = traitlets.Int(0).tag(sync=True)
     weights = traitlets.List(traitlets.Float()).tag(sync=True)
     step = traitlets.Int(0).tag(sync=True)
     thresholds = traitlets.List(traitlets.Float()).tag(sync=True)

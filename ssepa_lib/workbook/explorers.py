@@ -12,6 +12,7 @@ import numpy as np
 from ipywidgets import Dropdown, HBox, VBox
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.model import Attention
 from ssepa_lib.workbook import explorer_data as data
 from ssepa_lib.workbook.explorer_host import Explorer, display_both
 from ssepa_lib.workbook.figures.images import Array, to_numpy
@@ -282,3 +283,68 @@ def masks(
         arrays[name], grid = data.blocks(values, grid, name)
     spec = {"grid": grid, "image": data.picture(pixels), "ratio": ratio}
     return Explorer("masks", "What the student does not see", arrays, spec, thresholds=list(uncertain))
+
+
+def heads(
+    image: Array,
+    attention: Attention,
+    *,
+    mask: Array | None = None,
+    start: int = 0,
+    names: Mapping[int, str] | None = None,
+) -> Explorer:
+    """Every head of every layer: how widely it looks, and from where one patch receives in it.
+
+    Args:
+        image: [3, S, S], 0..255.
+        attention: of this one image (batch 1).
+        mask: [S, S] class ids, 0 background, 255 ignored; adds how much stays on the patch's own object.
+        start: the patch shown first, 0..N-1.
+        names: patch → its name.
+
+    Raises:
+        UserError: shapes that do not fit, more than one image, a patch out of range.
+    """
+    pixels, grid = data.image_pixels(image), attention.grid
+    layers, maps, arrays = data.head_maps(attention)
+    if mask is not None:
+        arrays["own"] = data.row_facts(maps, grid, data.patch_ids(data.mask_ids(mask, pixels), grid))["own"]
+    arrays["codes"], arrays["scales"] = data.quantise(maps)
+    spec = {
+        "grid": grid,
+        "image": data.picture(pixels),
+        "layers": layers,
+        "heads": attention.heads,
+        "limit": float(np.log(attention.patches + attention.num_prefix_tokens)),
+        "prefix": attention.num_prefix_tokens > 0,
+        "names": {data.existing_patch(patch, grid): str(name) for patch, name in (names or {}).items()},
+    }
+    shown = {"patch": data.existing_patch(start, grid), "layer": layers[-1]}
+    return Explorer("heads", "Every head of every layer", arrays, spec, **shown)
+
+
+def memory(
+    *,
+    side: int = 448,
+    batch: int = 1,
+    layers: int = 12,
+    heads: int = 12,
+    width: int = 768,
+    patch: int = 16,
+    prefix: int = 1,
+    budget: int = 24,
+) -> Explorer:
+    """What the encoder and the maps of the affinity take, by formula (`memory_study.step_bytes`).
+
+    Args:
+        side, batch, layers, heads: S, B, K, H at the start; all of them can be changed.
+        width, patch, prefix: D, side of a patch in pixels, P.
+        budget: memory at the start, GB of 10⁹ bytes.
+
+    Raises:
+        UserError: a size below 1.
+    """
+    given = {"side": side, "batch": batch, "layers": layers, "heads": heads, "budget": budget}
+    sliders = data.memory_sliders(given, {"width": width, "patch": patch})
+    spec = {"sliders": sliders, "width": width, "patch": patch, "prefix": prefix}
+    return Explorer("memory", "What fits into memory", {}, spec)

@@ -1,6 +1,7 @@
 """Result tables: runs collected from disk, mean and standard deviation over seeds, paired differences,
 Markdown."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,3 +138,18 @@ def committed(name: str) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"{path} is missing; restore it with git checkout.")
     return pd.read_csv(path)
+
+
+def benchmark(name: str) -> pd.DataFrame:
+    """Rows of a benchmark on a CPU that comes with the project; see `results/cpu/README.md`.
+
+    Args:
+        name: a JSON file of `results/cpu/`.
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = PROJECT / "results" / "cpu" / name
+    if not path.is_file():
+        raise UserError(f"{path} is missing; restore it with git checkout.")
+    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])

@@ -120,6 +120,26 @@ export function hidden({ activation, edges, order }, ratio, selection, low, high
   return { blocks: selection === "strict" ? out.map((m, i) => m & doubt[i]) : out, doubt };
 }
 
+// Bytes of one step: what the encoder keeps for the backward pass, and the maps of each strategy.
+export function stepBytes({ side, batch, layers, heads, width, patch, prefix, value, scale, flip }) {
+  const patches = Math.round(side / patch) ** 2, rows = batch * (patches + prefix), stream = 4 * rows * width;
+  const block = 2 * stream + 16 * rows + 14 * rows * width * value + 4 * rows * heads, pixels = 3 * side * side;
+  const copies = value === 4 ? 0 : value * (layers * 12 * width ** 2 + Math.floor((width * pixels) / patches));
+  const map = batch * (flip ? 2 : 1) * (Math.round((side * scale) / patch) ** 2 + prefix) ** 2 * value;
+  const kept = layers * block + stream + 8 * rows + batch * pixels * value + copies;
+  return { kept, maps: { stack_heads: layers * heads * map, stack_layers: layers * map, matrix_free: 0 } };
+}
+
+// Side of the largest image, a multiple of the patch, whose step fits into so many bytes.
+export function largestSide(sizes, strategy, budget) {
+  let side = 0;
+  for (; side + sizes.patch <= 16384; side += sizes.patch) {
+    const { kept, maps } = stepBytes({ ...sizes, side: side + sizes.patch });
+    if (kept + maps[strategy] > budget) break;
+  }
+  return side;
+}
+
 // ---------------------------------------------------------------- drawing
 const STYLE = `.ssx{--fg:#1b1b1b;--bg:#fff;--soft:#59606a;--line:#9aa0a6;--hot:#0b5fa5;--key:#eef1f4;
 font:14px/1.45 system-ui,sans-serif;color:var(--fg);background:var(--bg);padding:.6rem;box-sizing:border-box}
@@ -188,7 +208,7 @@ function tile(values, [rows, columns], colour) {
 
 class View {
   constructor(model, el) {
-    const spec = model.get("spec"), raw = model.get("blob");
+    const spec = model.get("spec"), raw = model.get("blob") ?? new Uint8Array();
     const bytes = raw instanceof Uint8Array ? raw : new Uint8Array(raw.buffer, raw.byteOffset, raw.byteLength);
     Object.assign(this, { model, spec, el, data: {}, off: [] });
     for (const [name, { at, count, type }] of Object.entries(spec.parts)) {
@@ -669,6 +689,128 @@ KINDS.masks = (v) => {
     status.textContent = `${kinds[kind]}: ${count} of ${blocks.length} blocks are hidden; ${unsure} blocks are uncertain, ${both} of them hidden.`;
   };
   v.listen("thresholds");
+};
+
+KINDS.heads = (v) => {
+  const { spec, data, model } = v, [rows, columns] = spec.grid, n = rows * columns, K = spec.layers.length, H = spec.heads;
+  const source = picture(spec.image, () => v.draw());
+  const layer = () => Math.max(0, spec.layers.indexOf(model.get("layer")));
+  const matrix = (i) => ({ codes: data.codes.subarray(i * n * n, (i + 1) * n * n), scales: data.scales.subarray(i * n, (i + 1) * n), top: 255, n });
+  const pick = (k, head) => { model.set("head", head); v.set("layer", spec.layers[k]); };
+  const into = v.panels("20rem"), main = v.panel(into, ""), dots = v.panel(into, "entropy of every head; the chosen one is filled", 1.5);
+  const all = v.panel(into, "every head of the patch: a column per layer, a line per head", K / H);
+  for (const panel of [dots, all]) panel.canvas.parentNode.classList.add("wide");
+  const limits = v.scale("weight of one patch in the large map (the scale ends at the 99th percentile)");
+  const status = v.status();
+  v.note("Point at a dot or click a small map to choose a head, click the large map to choose a patch; arrow keys do the same.");
+  v.choose(main.canvas, spec.grid, () => model.get("patch"), (p) => v.set("patch", p));
+  v.choose(all.canvas, [H, K], () => model.get("head") * K + layer(), (i) => pick(i % K, Math.floor(i / K)));
+  const place = (k, head) => {
+    const { width, height } = dots.canvas, x = 60 + ((width - 80) * (k + 0.5 + 0.6 * ((head + 0.5) / H - 0.5))) / K;
+    return [x, height - 40 - ((height - 70) * data.entropy[k * H + head]) / spec.limit];
+  };
+  dots.canvas.onpointermove = dots.canvas.onpointerdown = (event) => {
+    const box = dots.canvas.getBoundingClientRect();
+    const x = ((event.clientX - box.left) * dots.canvas.width) / box.width, y = ((event.clientY - box.top) * dots.canvas.height) / box.height;
+    for (let k = 0; k < K; k++) for (let head = 0; head < H; head++) {
+      const [a, b] = place(k, head);
+      if (Math.hypot(a - x, b - y) < 16 && (k !== layer() || head !== model.get("head"))) return pick(k, head);
+    }
+  };
+  const end = (map) => Math.max(quantile(map, 0.99), 1e-12);
+  v.draw = () => {
+    const patch = model.get("patch"), k = layer(), head = model.get("head"), chosen = k * H + head, map = row(matrix(chosen), patch);
+    v.heat(main.canvas, source.grey, map, spec.grid, [0, end(map)], false);
+    v.outline(main.canvas, patch, spec.grid, MARK, [], spec.names[patch] || "");
+    main.caption.textContent = `layer ${spec.layers[k]}, head ${head}: from where ${spec.names[patch] || `patch ${patch}`} receives`;
+    limits(0, end(map));
+    let pen = all.canvas.getContext("2d");
+    const w = all.canvas.width / K, t = all.canvas.height / H;
+    pen.imageSmoothingEnabled = false;
+    for (let i = 0; i < K * H; i++) {
+      const values = row(matrix(i), patch), top = end(values), x = Math.floor(i / H) * w, y = (i % H) * t;
+      const shade = (c) => [...v.lut[Math.round(255 * Math.min(1, c / top))], 255];
+      pen.drawImage(tile(values, spec.grid, shade), x + 2, y + 2, w - 4, t - 4);
+    }
+    pen.strokeStyle = MARK;
+    pen.lineWidth = 5;
+    pen.strokeRect(k * w + 2, head * t + 2, w - 4, t - 4);
+    pen = dots.canvas.getContext("2d");
+    const { width, height } = dots.canvas, ink = getComputedStyle(v.root).color;
+    pen.clearRect(0, 0, width, height);
+    pen.font = "22px system-ui,sans-serif";
+    pen.fillStyle = pen.strokeStyle = ink;
+    pen.lineWidth = 1.5;
+    pen.strokeRect(60, 30, width - 80, height - 70);
+    pen.textAlign = "right";
+    pen.fillText(short(spec.limit), 54, 38);
+    pen.fillText("0", 54, height - 36);
+    pen.textAlign = "center";
+    for (let i = 0; i < K; i++) pen.fillText(spec.layers[i], 60 + ((width - 80) * (i + 0.5)) / K, height - 12);
+    pen.lineWidth = 3;
+    for (let i = 0; i < K * H; i++) {
+      pen.strokeStyle = pen.fillStyle = spec.palette[(i % H) % spec.palette.length];
+      pen.beginPath();
+      pen.arc(...place(Math.floor(i / H), i % H), i === chosen ? 11 : 7, 0, 7);
+      i === chosen ? pen.fill() : pen.stroke();
+    }
+    const said = [`entropy ${data.entropy[chosen].toFixed(2)} of at most ${spec.limit.toFixed(2)} nats`, `${short(data.distance[chosen])} patches away on average`];
+    if (spec.prefix) said.push(`${percent(data.class_mass[chosen])} to the class token`);
+    if (data.own) said.push(`${percent(data.own[chosen * n + patch])} of what this patch receives comes from its own object`);
+    status.textContent = `Layer ${spec.layers[k]}, head ${head}: ${said.join("; ")}.`;
+  };
+  v.listen("patch", "layer", "head");
+};
+
+KINDS.memory = (v) => {
+  const { spec } = v, names = { stack_heads: "every head", stack_layers: "head means", matrix_free: "matrix-free" };
+  let value = 4, large = true;
+  const chart = v.panel(v.panels("40rem"), "", 2.4);
+  chart.canvas.parentNode.classList.add("wide");
+  const redraw = () => v.draw();
+  const sliders = Object.fromEntries(Object.entries(spec.sliders).map(([name, [label, range, start]]) => [name, v.slider(label, range, start, redraw, 0)]));
+  const bytes = v.buttons("numbers of", ["4 bytes", "2 bytes"], (i) => { value = i ? 2 : 4; v.draw(); });
+  const pass = v.buttons("maps of", ["scale 1", "scale 1.5 and flip"], (i) => { large = !!i; v.draw(); });
+  v.add(h("div", { class: "sliders" }, ...Object.values(sliders).map((s) => s.node)), h("div", { class: "row" }, bytes.node, pass.node));
+  const status = v.status();
+  v.note(`Width ${spec.width}, patches of ${spec.patch} pixels. Weights, optimizer and the other losses come on top.`);
+  v.draw = () => {
+    const chosen = Object.fromEntries(Object.entries(sliders).map(([name, s]) => [name, +s.input.value]));
+    const sizes = { ...chosen, width: spec.width, patch: spec.patch, prefix: spec.prefix, value, scale: large ? 1.5 : 1, flip: large };
+    const { kept, maps } = stepBytes(sizes), budget = chosen.budget * 1e9, pen = chart.canvas.getContext("2d");
+    const { width, height } = chart.canvas, left = 150, room = width - left - 90, top = Math.max(budget, kept + maps.stack_heads);
+    const x = (size) => left + (room * size) / top, style = getComputedStyle(v.root), said = [];
+    pen.clearRect(0, 0, width, height);
+    pen.font = "22px system-ui,sans-serif";
+    Object.entries(names).forEach(([strategy, name], i) => {
+      const y = 14 + (i * (height - 50)) / 3, thick = (height - 50) / 3 - 18, end = x(kept + maps[strategy]);
+      pen.fillStyle = spec.palette[4];
+      pen.fillRect(left, y, x(kept) - left, thick);
+      pen.fillStyle = spec.palette[0];
+      pen.fillRect(x(kept), y, end - x(kept), thick);
+      pen.fillStyle = style.color;
+      pen.textAlign = "right";
+      pen.fillText(name, left - 10, y + thick / 2 + 8);
+      pen.textAlign = "left";
+      pen.fillText(((kept + maps[strategy]) / 1e9).toPrecision(3), end + 8, y + thick / 2 + 8);
+      said.push(`${name} ${((kept + maps[strategy]) / 1e9).toPrecision(3)} GB, at most ${largestSide(sizes, strategy, budget)} pixels`);
+    });
+    pen.strokeStyle = style.color;
+    pen.lineWidth = 2.5;
+    pen.setLineDash([10, 6]);
+    pen.beginPath();
+    pen.moveTo(x(budget), 4);
+    pen.lineTo(x(budget), height - 34);
+    pen.stroke();
+    pen.setLineDash([]);
+    pen.textAlign = "center";
+    pen.fillText(`${chosen.budget} GB`, Math.min(x(budget), width - 40), height - 10);
+    bytes.press(value === 2 ? 1 : 0);
+    pass.press(+large);
+    chart.caption.textContent = "blue: kept by the encoder for the backward pass; orange: maps of the affinity; in GB";
+    chart.canvas.setAttribute("aria-label", said.join("; "));
+    status.textContent = `${said.join("; ")}. Dashed: the memory that you have.`;
+  };
 };
 
 function render({ model, el }) {

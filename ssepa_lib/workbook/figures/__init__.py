@@ -5,6 +5,13 @@ are given, or on new ones, and return them; none of them calls `show`. The style
 """
 
 from ssepa_lib.workbook.figures.curves import plot_learning_curves, plot_scaling_curves, plot_threshold_curve
+from ssepa_lib.workbook.figures.data import plot_card, plot_parts, plot_samples
+from ssepa_lib.workbook.figures.heads import (
+    head_colours,
+    plot_claim,
+    plot_head_atlas,
+    plot_number_against_miou,
+)
 from ssepa_lib.workbook.figures.images import (
     plot_affinity_row,
     plot_cam,
@@ -49,11 +56,15 @@ __all__ = [
     "plot_arrows",
     "plot_attention_strip",
     "plot_cam",
+    "plot_card",
     "plot_case",
     "plot_cam_grid",
     "plot_class_scores",
     "plot_crop_views",
     "plot_haaf_objectives",
+    "head_colours",
+    "plot_claim",
+    "plot_head_atlas",
     "plot_image",
     "plot_layer_weights",
     "plot_landmark_rows",
@@ -64,8 +75,11 @@ __all__ = [
     "plot_mask_grid",
     "plot_memory_bars",
     "plot_part_shares",
+    "plot_number_against_miou",
+    "plot_parts",
     "plot_ranked",
     "plot_runs",
+    "plot_samples",
     "plot_scaling_curves",
     "plot_threshold_curve",
     "save_figure",

@@ -262,25 +262,33 @@ def mark_patch(ax: Axes, patch: int, grid: tuple[int, int], size: tuple[int, int
 
 
 def plot_crop_views(
-    image: Array, box: Sequence[int], regions: Array, crops: Sequence[Array], positive: Sequence[bool]
+    image: Array,
+    box: Sequence[int],
+    regions: Array,
+    crops: Sequence[Array],
+    positive: Sequence[bool],
+    second: Array | None = None,
 ) -> np.ndarray:
     """One training crop with its valid box, the regions of the auxiliary CAM, and its local crops.
 
     Args:
         image: [3, S, S]; box: (y0, y1, x0, x1), half open; regions: [S, S] of 0, 1, 2 (`toco.region_map`).
         crops: local views [3, s, s]; positive: whether each counts as showing an object.
+        second: second global view [3, S, S]; None: not shown.
 
     Returns:
-        axes, flat: crop, regions, then one per local view.
+        axes, flat: crop, second view, regions, then one per local view.
     """
-    columns = max(2, -(-len(crops) // 2))
-    figure = plt.figure(figsize=(2.6 * 2 + 1.35 * columns, 3.2))
-    grid = figure.add_gridspec(2, 4 + columns)
-    axes = [figure.add_subplot(grid[:, :2]), figure.add_subplot(grid[:, 2:4])]
-    _plot_box(image, box, axes[0])
-    _plot_regions(image, regions, axes[1])
+    columns, large = max(2, -(-len(crops) // 2)), 2 + (second is not None)
+    figure = plt.figure(figsize=(2.6 * large + 1.35 * columns, 3.2))
+    grid = figure.add_gridspec(2, 2 * large + columns)
+    axes = [figure.add_subplot(grid[:, 2 * i : 2 * i + 2]) for i in range(large)]
+    plot_box(image, box, axes[0], "training crop")
+    if second is not None:
+        plot_image(second, axes[1], "second global view")
+    _plot_regions(image, regions, axes[-1])
     for i, (crop, good) in enumerate(zip(crops, positive, strict=True)):
-        ax = plot_image(crop, figure.add_subplot(grid[i // columns, 4 + i % columns]))
+        ax = plot_image(crop, figure.add_subplot(grid[i // columns, 2 * large + i % columns]))
         colour = "C0" if good else "C3"
         ax.set_title("positive" if good else "negative", fontsize="small", color=colour)
         for spine in ax.spines.values():
@@ -289,15 +297,16 @@ def plot_crop_views(
     return np.array(axes)
 
 
-def _plot_box(image: Array, box: Sequence[int], ax: Axes) -> None:
-    """One training crop and the frame of its valid part."""
-    plot_image(image, ax, "training crop")
+def plot_box(image: Array, box: Sequence[int], ax: Axes | None = None, title: str = "") -> Axes:
+    """The training crop [3, S, S] and the frame (y0, y1, x0, x1) of the part that is not padding."""
+    ax = plot_image(image, ax, title)
     y0, y1, x0, x1 = (int(v) for v in box)
     inset = 0.012 * (y1 - y0)
     corner, size = (x0 + inset, y0 + inset), (x1 - x0 - 2 * inset, y1 - y0 - 2 * inset)
     for colour, line in MARKED:
         ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2 * line))
     ax.set_xlabel("frame: image; outside: padding", fontsize="small")
+    return ax
 
 
 def _plot_regions(image: Array, regions: Array, ax: Axes) -> None:
