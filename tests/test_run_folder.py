@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -152,9 +153,10 @@ def test_a_finished_run_is_not_trained_again_and_restart_is(tiny, tmp_path):
     recipe, calls = tiny(), []
     train(recipe, tmp_path, on_step=calls.append)
     train(recipe, tmp_path, on_step=calls.append)
-    assert len(calls) == 6 and RunFolder(tmp_path).is_finished(recipe)
+    assert len(calls) == 7 and "loss" not in calls[6] and calls[6]["seconds_left"] == 0
+    assert RunFolder(tmp_path).is_finished(recipe)
     train(recipe, tmp_path, resume=False, on_step=calls.append)
-    assert len(calls) == 12
+    assert len(calls) == 13
 
 
 def test_a_finished_run_adopts_evaluation_settings(tiny, tmp_path):
@@ -197,6 +199,11 @@ def test_a_finished_run_is_found_beside_the_folder(tiny, tmp_path):
     assert find_finished(recipe, tmp_path / "toco") == tmp_path / "another-name"
     assert find_finished(tiny(**{"train.seed": 5}), tmp_path / "toco") == tmp_path / "toco"
     assert find_finished(recipe, tmp_path / "absent" / "toco") == tmp_path / "absent" / "toco"
+    newer = tmp_path / "a-newer-one"  # sorts before the run that is found
+    shutil.copytree(tmp_path / "another-name", newer)
+    recipe_file = newer / "recipe.yaml"
+    recipe_file.write_text(recipe_file.read_text().replace("lr:", "rate_of_the_future:", 1))
+    assert find_finished(recipe, tmp_path / "toco") == tmp_path / "another-name"
     finish(recipe, tmp_path / "toco")
     assert find_finished(recipe, tmp_path / "toco") == tmp_path / "toco"
 

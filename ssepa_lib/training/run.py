@@ -9,6 +9,7 @@ import json
 import os
 import pickle  # only to name the exception of an unreadable file
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,9 +185,14 @@ class RunFolder:
 
 
 def find_finished(recipe: Recipe, folder: Path) -> Path:
-    """`folder`, unless a finished run beside it is of the same recipe."""
-    beside = sorted(folder.parent.glob("*/")) if folder.parent.is_dir() else []
-    return next((f for f in (folder, *beside) if RunFolder(f).is_finished(recipe)), folder)
+    """`folder`, unless a finished run beside it is of the same recipe; what cannot be read is another's."""
+    if RunFolder(folder).is_finished(recipe):
+        return folder
+    for beside in sorted(folder.parent.glob("*/")) if folder.parent.is_dir() else []:
+        with suppress(UserError):  # for example the recipe of a newer version
+            if RunFolder(beside).is_finished(recipe):
+                return beside
+    return folder
 
 
 def find_run(recipe: Recipe, folder: Path) -> Path:
@@ -195,8 +201,13 @@ def find_run(recipe: Recipe, folder: Path) -> Path:
     if RunFolder(found).is_finished(recipe):
         return found
     for run in map(RunFolder, sorted(folder.parent.glob("*/"))):
-        if FolderLock(run.path).taken and run.recipe_file.is_file() and run.recipe().hash() == recipe.hash():
-            return run.path
+        with suppress(UserError):
+            if (
+                FolderLock(run.path).taken
+                and run.recipe_file.is_file()
+                and run.recipe().hash() == recipe.hash()
+            ):
+                return run.path
     return folder
 
 

@@ -10,6 +10,7 @@ import csv
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,12 @@ def _measured(folder: Path) -> dict[str, float]:
     """Seconds per step of the runs in a folder of results, by their kind."""
     found = {}
     for run in map(RunFolder, sorted(folder.glob("*/"))):
-        if run.recipe_file.is_file() and run.history.is_file():
+        with suppress(
+            UserError, OSError, KeyError, ValueError
+        ):  # what cannot be read says nothing about time
             with run.history.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            if rows:
-                found[_kind(run.recipe())] = float(rows[-1]["seconds"]) / int(rows[-1]["step"])
+                last = list(csv.DictReader(file))[-1:]
+            found |= {_kind(run.recipe()): float(row["seconds"]) / int(row["step"]) for row in last}
     return found
 
 
