@@ -22,7 +22,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium and chromedriver are not installed"),
-    pytest.mark.xdist_group("browser"),
 ]
 TOKEN = "explorers"
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}  # else JupyterLab asks
@@ -80,6 +79,9 @@ def lab(tmp_path_factory):
     own = {f"JUPYTER_{name}": str(root / ".jupyter" / name) for name in folders}
     own |= {f"JUPYTERLAB_{name}_DIR": str(root / ".jupyter" / name) for name in ("SETTINGS", "WORKSPACES")}
     own |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    tracker = root / ".jupyter" / "SETTINGS" / "@jupyterlab" / "notebook-extension"
+    tracker.mkdir(parents=True)  # every cell is part of the page, also those out of sight
+    (tracker / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--{name}={value}" for name, value in options.items()]
     with open(root / "server.log", "wb") as log:
@@ -109,6 +111,11 @@ def command(browser, name):
     """Run a command of JupyterLab and wait for its end."""
     code = "window.jupyterapp.commands.execute(arguments[0]).then(arguments[1], arguments[1])"
     browser.execute_async_script(f"const [name, done] = arguments; {code}", name)
+
+
+def begin(browser, name):
+    """Start a command of JupyterLab without waiting for its end, which may take minutes."""
+    browser.execute_script("void window.jupyterapp.commands.execute(arguments[0])", name)
 
 
 def elements(browser, selector):
@@ -185,14 +192,9 @@ def test_explorers_live_and_saved(browser, lab):
         ),
         240,
     )
-    command(browser, "notebook:run-all-cells")
-    until(
-        lambda: (
-            len(elements(browser, ".ssepa-live canvas")) >= len(EXPLORERS)
-            and "CHOSEN 0 None" in browser.page_source
-        ),
-        240,
-    )
+    begin(browser, "notebook:run-all-cells")
+    until(lambda: "CHOSEN 0 None" in browser.page_source, 240)
+    until(lambda: len(elements(browser, ".ssepa-live .ssx")) >= len(EXPLORERS), 60)
     assert not elements(browser, '[data-mime-type*="stderr"], [data-mime-type*="error"]')
     try_microscope(browser, ".ssepa-live .ssx")
     before = look(browser, 1, ".ssepa-live .ssx")
@@ -203,7 +205,7 @@ def test_explorers_live_and_saved(browser, lab):
         "const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = n.widgets.length - 1;"
     )
     browser.execute_script(script)
-    command(browser, "notebook:run-cell")
+    begin(browser, "notebook:run-cell")
     until(lambda: "CHOSEN 20 1 [1.0, 1.0, 1.2]" in browser.page_source, 30)
     command(browser, "docmanager:save")
     assert errors(browser) == []

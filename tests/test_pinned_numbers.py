@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from ssepa_lib.training import Trainer
 
 FILE = Path(__file__).parent / "pinned_numbers.json"
 RECORD = json.loads(FILE.read_text())
-MACHINE = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+CPUINFO = Path("/proc/cpuinfo")
+MODEL = re.search(r"model name\s*:\s*(.*)", CPUINFO.read_text()) if CPUINFO.is_file() else None
+MACHINE = {"processor": MODEL[1] if MODEL else platform.machine(), "torch": torch.__version__}
 SAME_MACHINE = all(RECORD[name] == value for name, value in MACHINE.items())
 TOLERANCE = 1e-6 if SAME_MACHINE else 2e-3
 
