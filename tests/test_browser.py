@@ -1,6 +1,6 @@
 """The explorers in a real browser: live in JupyterLab, frozen in a saved notebook and in the report.
 
-Needs Chromium and its driver (Debian: chromium, chromium-driver); skipped where they are missing.
+Run with SSEPA_BROWSER=1; needs Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
 import json
@@ -22,9 +22,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium and chromedriver are not installed"),
+    pytest.mark.skipif("SSEPA_BROWSER" not in os.environ, reason="set SSEPA_BROWSER=1 to start a browser"),
 ]
 TOKEN = "explorers"
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}  # else JupyterLab asks
+KERNEL_READY = (
+    "return window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
+)
 MAKE = """import numpy as np, pandas as pd, torch
 from ssepa_lib.model import Attention, PatchAffinity
 from ssepa_lib.workbook import explorers
@@ -81,7 +85,8 @@ def lab(tmp_path_factory):
     own |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     tracker = root / ".jupyter" / "SETTINGS" / "@jupyterlab" / "notebook-extension"
     tracker.mkdir(parents=True)  # every cell is part of the page, also those out of sight
-    (tracker / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    settings = {"windowingMode": "none", "autoStartDefaultKernel": True}
+    (tracker / "tracker.jupyterlab-settings").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--{name}={value}" for name, value in options.items()]
     with open(root / "server.log", "wb") as log:
@@ -192,14 +197,15 @@ def test_explorers_live_and_saved(browser, lab):
         ),
         240,
     )
+    until(lambda: browser.execute_script(KERNEL_READY), 120)  # else JupyterLab asks which kernel to take
     begin(browser, "notebook:run-all-cells")
     until(lambda: "CHOSEN 0 None" in browser.page_source, 240)
     until(lambda: len(elements(browser, ".ssepa-live .ssx")) >= len(EXPLORERS), 60)
     assert not elements(browser, '[data-mime-type*="stderr"], [data-mime-type*="error"]')
     try_microscope(browser, ".ssepa-live .ssx")
     before = look(browser, 1, ".ssepa-live .ssx")
-    elements(browser, ".ssepa-live [aria-label='layer 2']")[0].send_keys(Keys.ARROW_RIGHT * 4)
-    assert look(browser, 1, ".ssepa-live .ssx")[1] != before[1]
+    elements(browser, ".ssepa-live input[aria-label='layer 2']")[0].send_keys(Keys.ARROW_RIGHT * 4)
+    until(lambda: look(browser, 1, ".ssepa-live .ssx")[1] != before[1], 10)
     assert browser.execute_script(MOVES) < 50, "milliseconds to move to another patch"
     script = (
         "const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = n.widgets.length - 1;"
