@@ -68,7 +68,7 @@ def source(thing: Any) -> HTML:
     name = getattr(thing, "__qualname__", type(thing).__name__)
     try:
         lines, first = inspect.getsourcelines(thing)
-        file = Path(inspect.getsourcefile(thing)).resolve().relative_to(PACKAGE.parent)
+        file = PACKAGE.name / Path(inspect.getsourcefile(thing)).resolve().relative_to(PACKAGE)
     except (TypeError, OSError, ValueError) as error:
         raise UserError(f"'{name}' is not written in this library, so its source cannot be shown.") from error
     text = _without_docstrings(textwrap.dedent("".join(lines)))
