@@ -7,6 +7,16 @@ class UserError(Exception):
     """Bad input: one sentence that names the file or setting and the remedy; the command line ends with 2."""
 
 
+def require_index(name: str, value: int, size: int) -> None:
+    """Refuse an index outside 0..size-1.
+
+    Raises:
+        UserError: it is outside.
+    """
+    if not 0 <= value < size:
+        raise UserError(f"{name} {value} does not exist; choose 0..{size - 1}.")
+
+
 def nearest(name: str, known: list[str]) -> str:
     """A hint at the known name that looks most like the given one."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import UserError, require_index
 
 
 @dataclass
@@ -319,8 +319,8 @@ class PatchAffinity:
         """
         sizes = {"patch": self.attention.patches, "layer": len(self), "head": self.attention.heads}
         for name, value in {"patch": patch, "layer": layer, "head": head}.items():
-            if value is not None and not 0 <= value < sizes[name]:
-                raise UserError(f"{name} {value} does not exist; choose 0..{sizes[name] - 1}.")
+            if value is not None:
+                require_index(name, value, sizes[name])
         if head is not None and layer is None:
             raise UserError(f"head {head} belongs to a layer; name the layer as well.")
         at = slice(self.first + patch, self.first + patch + 1)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import require_index
 from ssepa_lib.model.affinity import Attention
 
 POWER, EPSILON = 2.0, 0.1  # of the propagation: α and what is added to a sum of affinities
@@ -120,6 +120,5 @@ class LearnedAffinity:
         Raises:
             UserError: the patch does not exist.
         """
-        if not 0 <= patch < self.attention.patches:
-            raise UserError(f"patch {patch} does not exist; choose 0..{self.attention.patches - 1}.")
+        require_index("patch", patch, self.attention.patches)
         return self.dense()[:, patch]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import UserError, require_index
 
 
 class MatrixAffinity:
@@ -49,8 +49,7 @@ class MatrixAffinity:
         Raises:
             UserError: an index that does not exist.
         """
-        if not 0 <= patch < self.matrix.shape[1]:
-            raise UserError(f"patch {patch} does not exist; choose 0..{self.matrix.shape[1] - 1}.")
+        require_index("patch", patch, self.matrix.shape[1])
         if layer not in (None, 0) or head is not None:
             raise UserError("this affinity is one matrix without heads; leave out layer and head.")
         return self.dense()[:, patch]

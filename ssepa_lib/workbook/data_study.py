@@ -3,7 +3,8 @@
 Masks are used here to measure the answers of guesses that never look at an image.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,8 @@ from torch import Tensor
 from ssepa_lib.data import SegmentationDataset
 from ssepa_lib.data.shapes import BACKGROUNDS, SHAPE_CLASSES, render_scene, scene_facts
 from ssepa_lib.evaluation.scores import Confusion
+
+PLACES = {"home": 0, "foreign": len(BACKGROUNDS) // 2}  # where a creature is shown → places after its home
 
 
 def class_backgrounds(split: str, count: int, seed: int = 0) -> pd.DataFrame:
@@ -67,6 +70,19 @@ def border_colours(dataset: SegmentationDataset, indices: Iterable[int]) -> Tens
     return torch.stack([border_colour(image) for image in images])
 
 
+def ground_of(kind: int, place: str) -> str:
+    """The background of a class (from 0) at "home", or at a "foreign" place, half the list away."""
+    return BACKGROUNDS[(kind + PLACES[place]) % len(BACKGROUNDS)]
+
+
+def single_creatures(split: str, seed: int = 0) -> Iterator[tuple[int, int]]:
+    """Index and class, from 0, of the built-in scenes with one creature, one after the other, without end."""
+    for index in itertools.count():
+        facts = scene_facts(split, index, seed)
+        if len(facts.classes) == 1:
+            yield index, SHAPE_CLASSES.index(facts.classes[0])
+
+
 def moved_scenes(split: str, count: int, seed: int = 0) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Built-in scenes of one creature, each on the home background of its class and on a foreign one.
 
@@ -74,16 +90,10 @@ def moved_scenes(split: str, count: int, seed: int = 0) -> tuple[Tensor, list[Te
         class index [count], images at home and images abroad, [3, H, W] in 0..255 each; the two of a scene
         differ in the background alone.
     """
-    kinds, home, abroad = [], [], []
-    index = 0
-    while len(kinds) < count:
-        facts = scene_facts(split, index, seed)
-        if len(facts.classes) == 1:
-            kind = SHAPE_CLASSES.index(facts.classes[0])
-            kinds.append(kind)
-            for images, shift in ((home, 0), (abroad, len(BACKGROUNDS) // 2)):
-                ground = BACKGROUNDS[(kind + shift) % len(BACKGROUNDS)]
-                pixels = render_scene(split, index, seed=seed, background=ground)[0]
-                images.append(torch.from_numpy(pixels).permute(2, 0, 1))
-        index += 1
-    return torch.tensor(kinds), home, abroad
+    scenes = list(itertools.islice(single_creatures(split, seed), count))
+    images = {
+        place: [render_scene(split, i, seed=seed, background=ground_of(kind, place))[0] for i, kind in scenes]
+        for place in PLACES
+    }
+    home, abroad = ([torch.from_numpy(p).permute(2, 0, 1) for p in images[place]] for place in PLACES)
+    return torch.tensor([kind for _, kind in scenes]), home, abroad

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ssepa_lib.data import IGNORE
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import UserError, require_index
 from ssepa_lib.evaluation.attention import attention_entropy, map_statistics, patch_distances
 from ssepa_lib.model import Attention
 from ssepa_lib.workbook.explorer_host import LIMIT
@@ -100,9 +100,13 @@ def grid_of(patches: int, image: np.ndarray | None = None) -> tuple[int, int]:
 
 def existing_patch(patch: int, grid: tuple[int, int]) -> int:
     """The patch, if it is one of the grid's."""
-    if not 0 <= patch < grid[0] * grid[1]:
-        raise UserError(f"patch {patch} does not exist; choose 0..{grid[0] * grid[1] - 1}.")
+    require_index("patch", patch, grid[0] * grid[1])
     return int(patch)
+
+
+def patch_names(names: Mapping[int, str] | None, grid: tuple[int, int]) -> dict[int, str]:
+    """Names by patch, of patches that are in the grid."""
+    return {existing_patch(patch, grid): str(name) for patch, name in (names or {}).items()}
 
 
 def patch_map(values: Array, grid: tuple[int, int], what: str) -> np.ndarray:
@@ -147,11 +151,16 @@ def layer_weights(presets: Mapping[str, Array], depth: int) -> dict[str, list[fl
     return chosen
 
 
-def reduced(ids: np.ndarray) -> np.ndarray:
-    """Ids [H, W] with a longer side of at most SIDE, by the nearest neighbour."""
-    height, width = ids.shape
+def reduced_size(image: np.ndarray) -> tuple[int, int]:
+    """Height and width of an image or mask [H, W, …] whose longer side is made at most SIDE."""
+    height, width = image.shape[:2]
     factor = min(1, SIDE / max(height, width))
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def reduced(ids: np.ndarray) -> np.ndarray:
+    """Ids [H, W] in their `reduced_size`, by the nearest neighbour."""
+    size = reduced_size(ids)[::-1]
     return np.asarray(Image.fromarray(ids.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
 
 
@@ -189,6 +198,13 @@ def quantise(matrices: np.ndarray, kind: str = "uint8") -> tuple[np.ndarray, np.
     return codes.astype(kind), scales.astype(np.float32)
 
 
+def shown_layers(attention: Attention, count: int) -> list[int]:
+    """So many layers, evenly spaced; says so where that is not all of them."""
+    if count < attention.depth:
+        print(f"{count} of {attention.depth} layers are shown: {attention.patches} patches make large maps.")
+    return np.unique(np.linspace(0, attention.depth - 1, count).round().astype(int)).tolist()
+
+
 def layer_maps(affinity: Any, dense: np.ndarray) -> tuple[list, list[np.ndarray], list[float] | None]:
     """Which layers can be chosen (None: all of them), the matrices to send, and how to mix all of them.
 
@@ -201,13 +217,11 @@ def layer_maps(affinity: Any, dense: np.ndarray) -> tuple[list, list[np.ndarray]
     first, room = attention.num_prefix_tokens, int(0.7 * LIMIT) // dense.size
     mixable = not affinity.balance and attention.depth <= room
     count = attention.depth if mixable else max(0, min(attention.depth, room - 1))
-    layers = np.unique(np.linspace(0, attention.depth - 1, count).round().astype(int)).tolist()
+    layers = shown_layers(attention, count)
     maps = [affinity.layer_map(k)[0].mean(0)[first:, first:].detach() for k in layers]
     maps = [not_negative(to_numpy(m)) for m in maps]
     if mixable:
         return [None, *layers], maps, [float(w) for w in affinity.weights[0].detach()]
-    if count < attention.depth:
-        print(f"{count} of {attention.depth} layers are shown: {len(dense)} patches make large maps.")
     return [None, *layers], [dense, *maps], None
 
 
@@ -250,10 +264,7 @@ def head_maps(attention: Attention) -> tuple[list[int], np.ndarray, dict[str, np
     if len(attention.queries[0]) != 1:
         raise UserError("the attention belongs to several images; pass that of one image, attention[0:1].")
     p, room = attention.num_prefix_tokens, int(0.7 * LIMIT) // (attention.heads * attention.patches**2)
-    count = max(1, min(attention.depth, room))
-    layers = np.unique(np.linspace(0, attention.depth - 1, count).round().astype(int)).tolist()
-    if count < attention.depth:
-        print(f"{count} of {attention.depth} layers are shown: {attention.patches} patches make large maps.")
+    layers = shown_layers(attention, max(1, min(attention.depth, room)))
     maps = [attention.layer_map(k)[0].detach().cpu() for k in layers]  # [H, T, T] each
     numbers = torch.cat([map_statistics(m, patch_distances(attention.grid, (1, 1)), p) for m in maps])
     facts = numbers.nan_to_num().numpy().astype(np.float32).T

@@ -20,7 +20,7 @@ import numpy as np
 import traitlets
 from IPython.display import display
 
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import require_index
 from ssepa_lib.workbook.figures.images import CAM_COLOURS
 from ssepa_lib.workbook.figures.style import CLASS_COLOURS
 
@@ -101,9 +101,8 @@ class Explorer(anywidget.AnyWidget):
     @traitlets.validate("patch")
     def _check_patch(self, proposal: Any) -> int:
         grid = self.spec.get("grid")
-        if grid and not 0 <= proposal["value"] < grid[0] * grid[1]:
-            last = grid[0] * grid[1] - 1
-            raise UserError(f"patch {proposal['value']} does not exist; choose 0..{last}.")
+        if grid:
+            require_index("patch", proposal["value"], grid[0] * grid[1])
         return proposal["value"]
 
     def show(self, other: "Explorer") -> None:

@@ -55,7 +55,7 @@ def microscope(
         "image": data.picture(pixels),
         "layers": layers,
         "weights": weights,
-        "names": {data.existing_patch(patch, grid): str(name) for patch, name in (names or {}).items()},
+        "names": data.patch_names(names, grid),
         "prefix": weights is not None and affinity.attention.num_prefix_tokens > 0,
     }
     return Explorer("microscope", "Affinity microscope", arrays, spec, patch=data.existing_patch(start, grid))
@@ -98,7 +98,7 @@ def mixer(
     chosen = data.layer_weights(presets or {}, products.shape[1])
     spec = {
         "grid": data.grid_of(products.shape[2], pixels[0]),
-        "size": data.reduced(np.zeros(pixels[0].shape[:2])).shape,
+        "size": data.reduced_size(pixels[0]),
         "depth": products.shape[1],
         "images": [data.picture(image) for image in pixels],
         "presets": chosen,
@@ -129,7 +129,7 @@ def thresholds(
         UserError: shapes that do not fit, or values outside 0..1.
     """
     pixels = data.image_pixels(image)
-    size = data.reduced(np.zeros(pixels.shape[:2])).shape
+    size = data.reduced_size(pixels)
     given = {"CAM": cam} | ({} if refined is None else {"refined": refined})
     maps = {name: data.unit_map(values, size) for name, values in given.items()}
     count = len(maps["CAM"])
@@ -165,7 +165,7 @@ def propagation(
     arrays = {"cam": data.patch_map(cam, grid, "the CAM"), "scales": scales, "codes": codes}
     if mask is not None:
         arrays["mask"] = data.reduced(data.object_ids(data.mask_ids(mask, pixels)))
-    size = data.reduced(np.zeros(pixels.shape[:2])).shape
+    size = data.reduced_size(pixels)
     spec = {"grid": grid, "size": size, "image": data.picture(pixels), "steps": steps}
     start = int(arrays["cam"].argmax())
     return Explorer("propagation", "Propagation, step by step", arrays, spec, patch=start, step=1)
@@ -317,7 +317,7 @@ def heads(
         "heads": attention.heads,
         "limit": float(np.log(attention.patches + attention.num_prefix_tokens)),
         "prefix": attention.num_prefix_tokens > 0,
-        "names": {data.existing_patch(patch, grid): str(name) for patch, name in (names or {}).items()},
+        "names": data.patch_names(names, grid),
     }
     shown = {"patch": data.existing_patch(start, grid), "layer": layers[-1]}
     return Explorer("heads", "Every head of every layer", arrays, spec, **shown)

@@ -3,6 +3,7 @@
 Masks and parts are used here to measure; nothing is trained.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.data import IGNORE, SegmentationDataset
-from ssepa_lib.data.shapes import BACKGROUNDS, SHAPE_CLASSES, render_scene, scene_facts
+from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import infer
 from ssepa_lib.evaluation.evaluate import THRESHOLDS
@@ -22,10 +23,9 @@ from ssepa_lib.labels import PseudoLabeler, Refiner, multi_scale_cam, normalise_
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.workbook.data_study import PLACES, ground_of, single_creatures
 from ssepa_lib.workbook.lesson import NO_MASKS
 from ssepa_lib.workbook.study import object_parts, samples
-
-PLACES = {"home": 0, "foreign": len(BACKGROUNDS) // 2}  # where a creature is shown → places after its home
 
 
 def has_masks(dataset: SegmentationDataset) -> bool:
@@ -171,13 +171,12 @@ def background_pairs(
         One row per scene and map: `index`, `class`, `map`, and the share of the map's mass on the ground at
         `home` and on `foreign` ground, 0..1.
     """
-    chosen = [i for i in range(40 * pairs) if len(scene_facts(split, i).classes) == 1][:pairs]
-    kinds = [SHAPE_CLASSES.index(scene_facts(split, i).classes[0]) for i in chosen]
+    chosen, kinds = zip(*itertools.islice(single_creatures(split), pairs), strict=True)
     device, side = network.classifier.weight.device, recipe.data.eval_size or recipe.data.crop
-    labels = torch.eye(len(SHAPE_CLASSES), device=device)[kinds]
+    labels = torch.eye(len(SHAPE_CLASSES), device=device)[list(kinds)]
     rows: dict[tuple[int, str], dict] = {}
-    for place, shift in PLACES.items():
-        grounds = [_ground(kind, shift) for kind in kinds]
+    for place in PLACES:
+        grounds = [ground_of(kind, place) for kind in kinds]
         pixels, parts = _scenes(split, chosen, grounds, side)
         for name, refiner in refiners.items():
             found = class_maps(network, recipe, pixels.to(device), labels, kinds, {name: refiner})[name]
@@ -190,12 +189,7 @@ def background_pairs(
 def scene_pair(index: int, side: int, split: str = "val") -> Tensor:
     """A built-in scene of one creature on its home background and on a foreign one, [2, 3, side, side]."""
     kind = SHAPE_CLASSES.index(scene_facts(split, index).classes[0])
-    return _scenes(split, [index, index], [_ground(kind, shift) for shift in PLACES.values()], side)[0]
-
-
-def _ground(kind: int, shift: int) -> str:
-    """The background that lies `shift` places after the home of a class."""
-    return BACKGROUNDS[(kind + shift) % len(BACKGROUNDS)]
+    return _scenes(split, [index, index], [ground_of(kind, place) for place in PLACES], side)[0]
 
 
 def _scenes(

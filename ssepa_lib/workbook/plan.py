@@ -140,10 +140,10 @@ def plan(jobs: Sequence[Job]) -> list[Planned]:
     estimated: dict[str, float] = {}
     planned = []
     for job in recipes.values():
-        kind, cost = _kind(job.recipe), step_cost(job.recipe)
         if RunFolder(find_finished(job.recipe, job.folder)).is_finished(job.recipe):
             planned.append(Planned(job, 0.0, "finished", 0.0))
             continue
+        kind, cost = _kind(job.recipe), step_cost(job.recipe)
         known = measured[job.folder.parent].get(kind)
         if known is None and kind not in estimated:
             estimated[kind] = seconds_per_step(job.recipe, cost)

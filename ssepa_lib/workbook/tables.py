@@ -134,10 +134,7 @@ def committed(name: str) -> pd.DataFrame:
     Raises:
         UserError: it is not there.
     """
-    path = PROJECT / "results" / name
-    if not path.is_file():
-        raise UserError(f"{path} is missing; restore it with git checkout.")
-    return pd.read_csv(path)
+    return pd.read_csv(_committed_file(name))
 
 
 def benchmark(name: str) -> pd.DataFrame:
@@ -149,7 +146,12 @@ def benchmark(name: str) -> pd.DataFrame:
     Raises:
         UserError: it is not there.
     """
-    path = PROJECT / "results" / "cpu" / name
+    path = _committed_file(f"cpu/{name}")
+    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+
+def _committed_file(name: str) -> Path:
+    path = PROJECT / "results" / name
     if not path.is_file():
         raise UserError(f"{path} is missing; restore it with git checkout.")
-    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    return path
