@@ -175,10 +175,10 @@ def test_a_lock_on_a_full_disk_or_below_a_file_leaves_nothing(disk):
 
 
 def test_a_training_that_fills_the_disk_says_so_and_goes_on_later(tmp_path, tiny, monkeypatch, capsys):
-    """A real disk of 700 kB: the first checkpoint fits, the second does not."""
+    """A real disk: the first checkpoint fits, the second does not, because the first is kept beside it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    recipe = tiny(**{"train.save_every": 1})
+    recipe = tiny(**{"train.save_every": 1, "losses.segmentation_start": 0.0})
     save_recipe(recipe, tmp_path / "small.yaml")
     train(recipe, tmp_path / "whole")
     size = (tmp_path / "whole" / "state.pt").stat().st_size
@@ -300,8 +300,8 @@ def exhaust():
 @pytest.mark.parametrize(
     ("act", "words"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "is killed by signal: Killed"),
-        (lambda: os._exit(3), "exited unexpectedly|worker"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by signal: Killed|exited unexpectedly"),
+        (lambda: os._exit(3), "exited unexpectedly"),
         (exhaust, "MemoryError"),
         (lambda: time.sleep(30), "timed out after 0.4 seconds"),
     ],
@@ -312,7 +312,7 @@ def test_a_loader_process_that_dies_or_hangs_is_one_sentence(act, words, monkeyp
         list(eval_batches(Bad(act), 8, 1, workers=1))
     text = str(error.value)
     assert "lower data.workers" in text and "\n" not in text
-    assert any(word in text for word in words.split("|"))
+    assert any(word in text for word in words.split("|")), text
 
 
 def test_a_mistake_in_a_loader_process_keeps_its_traceback():
@@ -346,9 +346,10 @@ needs_crf = pytest.mark.skipif(not crf_available(), reason="pydensecrf2 is not i
 
 @needs_crf
 def test_a_crf_process_that_is_killed_is_one_sentence_and_the_others_end():
+    others = set(active_children())
     labelled = crf_pool(crf_jobs(), 2)
     next(labelled)
-    workers = [process.pid for process in active_children()]
+    workers = [process.pid for process in set(active_children()) - others]
     os.kill(workers[0], signal.SIGKILL)
     with pytest.raises(UserError, match="a worker of the dense CRF has died.*taskset"):
         list(labelled)

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,8 @@ def fingerprint(content: Any) -> str:
 
 def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
     """Write nested tensors and numbers with their checksum."""
-    with disk_errors():
-        torch.save(state | {"checksum": fingerprint(state)}, file)
+    with disk_errors(), file.open("wb") as opened:
+        torch.save(state | {"checksum": fingerprint(state)}, opened)
 
 
 def read_newest(files: Sequence[Path], recipe: Recipe) -> dict[str, Any] | None:
@@ -116,8 +117,9 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        cause = error.__context__
-        if isinstance(cause, OSError):
-            raise cause from error
-        full = "No space" in str(error) or "StorageFull" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error).splitlines()[0]) from error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        number = re.search(r"os error (\d+)", str(error))  # what safetensors says
+        code = cause.errno if cause else int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code)) from error
