@@ -1,6 +1,6 @@
 """Kill a run at random moments, again and again, and compare the end with that of an undisturbed run.
 
-`make soak` trains five methods for 30 steps each, scores them with the dense CRF and writes pseudo-labels.
+`make soak` trains five methods for 24 steps each, scores them with the dense CRF and writes pseudo-labels.
 Twenty times SIGKILL ends the command in between: in a step, while a checkpoint is written, in an evaluation,
 with CRF workers at work, in an export. The same command then goes on. The losses, the final weights, the
 checkpoint (optimiser, scheduler, teacher, centres), the scores and the pseudo-labels must be those of the
@@ -60,8 +60,8 @@ def command(recipe: Path, results: Path) -> None:
     run = str(results / recipe.stem / "run")
     for words in (
         ["train", str(recipe), "--run", "run"],
-        ["evaluate", run, "--test-time", "single", "ms", "ms_crf", "--device", "cpu"],
-        ["pseudo-labels", run, "--out", str(results / "labels"), "--device", "cpu"],
+        ["evaluate", run, "--test-time", "single", "ms_crf", "--device", "cpu"],
+        ["pseudo-labels", run, "--out", str(results / "labels"), "--test-time", "single", "--device", "cpu"],
     ):
         if code := main(words):
             os._exit(code)
@@ -231,13 +231,15 @@ def main(out: Path, quick: bool = False, seed: int = 0) -> int:
     import torch
     from conftest import TINY
 
+    from ssepa_lib import cli, evaluation, training  # noqa: F401  once, and not in every process
     from ssepa_lib.files import write_json, write_text
 
     torch.set_num_threads(1)
-    settings = TINY | {"train.steps": 30, "train.save_every": 4, "train.log_every": 3, "data.workers": 1}
+    settings = TINY | {"train.steps": 24, "train.save_every": 4, "train.log_every": 3, "data.workers": 1}
+    settings["data.val_images"] = 2
     plan = [(method, [1 + (number + i) % 5 for i in range(4)]) for number, method in enumerate(METHODS)]
     if quick:
-        settings |= {"train.steps": 8, "train.save_every": 2, "data.val_images": 2, "data.workers": 0}
+        settings |= {"train.steps": 6, "train.save_every": 2, "data.workers": 0}
         plan = [("fsr+ssepa_plus", [1, 2, 4])]
     dice, entries = random.Random(seed), []
     with tempfile.TemporaryDirectory() as folder:
