@@ -47,8 +47,9 @@ def explain_failure(error: BaseException) -> str | None:
     """
     if isinstance(error, MemoryError) or any(part in str(error) for part in _MEMORY):
         return (
-            "memory is exhausted; lower data.batch or data.workers for a training, eval.batch or the size "
-            "for an evaluation, or close other programs, and run the same command again."
+            "memory is exhausted; for a training, lower data.batch or data.workers or set "
+            "train.checkpointing, for an evaluation, lower eval.batch or the size, or close other programs; "
+            "then run the same command again."
         )
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return f"{error.filename or 'a file'} cannot be written ({error.strerror}); {_REMEDIES[error.errno]}."

@@ -219,7 +219,7 @@ def test_a_closed_pipe_is_one_line_and_an_exit_code(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError(), "memory is exhausted; lower data.batch"),
+        (MemoryError(), "memory is exhausted; for a training, lower data.batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory is exhausted"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory is exhausted"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory is exhausted"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ssepa_lib.errors import UserError
@@ -50,8 +51,14 @@ def fingerprint(content: Any) -> str:
 
 def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
     """Write nested tensors and numbers with their checksum."""
-    with disk_errors(), file.open("wb") as opened:
+    with _disk_errors(), file.open("wb") as opened:
         torch.save(state | {"checksum": fingerprint(state)}, opened)
+
+
+def write_weights(file: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file."""
+    with _disk_errors():
+        save_file(state, file, metadata)
 
 
 def read_newest(files: Sequence[Path], recipe: Recipe) -> dict[str, Any] | None:
@@ -112,7 +119,7 @@ def _read(file: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     """Give the failures of torch and safetensors to write a file the type that others have."""
     try:
         yield

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ssepa_lib.compose import load_recipe, save_recipe
 from ssepa_lib.device import launched, resolve_device
@@ -22,7 +22,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.files import FolderLock, read_json, remove_parts, write_atomically, write_json
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.training.checkpoint import disk_errors, fingerprint, read_newest, write_checkpoint
+from ssepa_lib.training.checkpoint import fingerprint, read_newest, write_checkpoint, write_weights
 
 METRICS_FORMAT = 2
 
@@ -142,12 +142,7 @@ class RunFolder:
         state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         metadata = {"classes": json.dumps(network.classes), "recipe": recipe.hash(), "step": str(step)}
         metadata["fingerprint"] = fingerprint(state)
-
-        def write(part: Path) -> None:
-            with disk_errors():
-                save_file(state, part, metadata)
-
-        write_atomically(self.weights, write)
+        write_atomically(self.weights, lambda part: write_weights(part, state, metadata))
         self.previous_state.unlink(missing_ok=True)
 
     def adopt_evaluation_settings(self, recipe: Recipe) -> None:
