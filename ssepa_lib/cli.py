@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from ssepa_lib import commands, study_commands
-from ssepa_lib.errors import UserError, nearest
+from ssepa_lib.errors import UserError, explain_failure, nearest
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "workbook": study_commands.workbook,
@@ -50,11 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no command {name}; {nearest(name, list(COMMANDS))}")
         return parse(name, rest)() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
+    except (
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # the machine, not the input; other bugs stay visible
+        sentence = explain_failure(error)
+        if sentence is None and isinstance(error, OSError):
+            sentence = f"{error.filename or 'a file'}: {error.strerror or error}; correct that path."
+        if sentence is None:
+            raise
+        return _refused(sentence)
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
+
+
+def _refused(sentence: str) -> int:
+    """Print an error in one line, whatever a name in it holds; the exit code."""
+    print(f"error: {''.join(c if c.isprintable() else ' ' for c in sentence)}", file=sys.stderr)
+    return 2
 
 
 def parse(name: str, arguments: Sequence[str]) -> Callable[[], int | None]:

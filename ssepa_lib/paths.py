@@ -1,9 +1,12 @@
 """Where things lie on disk, anchored once. Every path can be moved by an environment variable."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ssepa_lib.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 PROJECT = PACKAGE.parent  # the project's folder (an editable install)
@@ -12,8 +15,29 @@ NOTEBOOKS = PROJECT / "notebooks"
 
 
 def results_root() -> Path:
-    """Folder for everything that is computed: `SSEPA_RESULTS`, default `results/`."""
-    return Path(os.environ.get("SSEPA_RESULTS") or PROJECT / "results")
+    """Folder for everything that is computed: `SSEPA_RESULTS`, default `results/`.
+
+    Raises:
+        UserError: there is a file of that name.
+    """
+    root = Path(os.environ.get("SSEPA_RESULTS") or PROJECT / "results")
+    if os.path.lexists(root) and not root.is_dir():
+        raise UserError(f"{root} is no folder, but results need one; set SSEPA_RESULTS to a folder.")
+    return root
+
+
+def plain_name(what: str, name: str) -> str:
+    """`name`, if it can be a folder directly below another one: no path, no `..`, no hidden folder.
+
+    Args:
+        what: what it names, for the error, for example "run_name".
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}", name):
+        raise UserError(f"{what} '{name}' is no plain folder name; use letters, digits, '-' and '_'.")
+    return name
 
 
 def folder_root() -> str:

@@ -10,7 +10,8 @@ import threading
 import pytest
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import FolderLock, read_json, write_atomically, write_csv, write_json, write_text
+from ssepa_lib.files import FolderLock, write_atomically, write_csv, write_json, write_text
+from ssepa_lib.readers import read_json
 
 
 def names(folder):

@@ -6,6 +6,7 @@ what was measured in `metrics.json`.
 
 import csv
 import json
+import math
 import os
 import pickle  # only to name the exception of an unreadable file
 import time
@@ -22,8 +23,10 @@ from torch import Tensor
 from ssepa_lib.compose import load_recipe, save_recipe
 from ssepa_lib.device import resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import FolderLock, read_json, write_atomically, write_json
+from ssepa_lib.fields import shown
+from ssepa_lib.files import FolderLock, write_atomically, write_json
 from ssepa_lib.model.network import Network
+from ssepa_lib.readers import parse_json, read_json, read_table
 from ssepa_lib.recipe import Recipe
 
 METRICS_FORMAT = 2
@@ -64,14 +67,14 @@ class RunFolder:
         try:
             with safe_open(self.weights, "pt") as file:
                 return file.metadata() or {}
-        except SafetensorError:
+        except (SafetensorError, OSError):
             return None
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the folder holds the final weights of this recipe, under today's field names or older
         ones."""
         info = self.weights_info()
-        if not info or int(info.get("step", -1)) != recipe.train.steps or not self.recipe_file.is_file():
+        if not info or info.get("step") != str(recipe.train.steps) or not self.recipe_file.is_file():
             return False
         return self.recipe().hash() == recipe.hash()
 
@@ -145,17 +148,33 @@ class RunFolder:
             )
         recipe = self.recipe()
         try:
-            with safe_open(self.weights, "pt") as file:
-                classes = json.loads(file.metadata()["classes"])
+            classes, state = self._classes(), load_file(self.weights)
+            for name, tensor in state.items():
+                if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} holds {tensor.dtype} or values that are not finite")
             blank = replace(recipe, model=replace(recipe.model, weights="none"))
             network = Network(blank, classes)
-            network.load_state_dict(load_file(self.weights))
-        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+            network.load_state_dict(state)
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.weights} does not fit {self.recipe_file} ({reason}); train the run again."
             ) from error
         return network.to(resolve_device(device)).eval(), recipe
+
+    def _classes(self) -> list[str]:
+        """The class names in the metadata of the weights.
+
+        Raises:
+            ValueError: there are none, or something else than names.
+        """
+        with safe_open(self.weights, "pt") as file:
+            stored = (file.metadata() or {}).get("classes", "null")
+        classes = parse_json(stored)
+        whole = isinstance(classes, list) and all(isinstance(name, str) and name.strip() for name in classes)
+        if not whole or not 0 < len(set(classes)) == len(classes) < 255:
+            raise ValueError("its class names are missing or not a list of names in JSON")
+        return classes
 
     def read_metrics(self) -> dict[str, dict]:
         """What was measured, split → result of `evaluation.evaluate`; empty where there is nothing.
@@ -163,16 +182,16 @@ class RunFolder:
         Raises:
             UserError: the file is not JSON, has another layout, or was written by a newer version.
         """
-        if not self.metrics.is_file():
+        if not self.metrics.exists():
             return {}
         content = read_json(self.metrics, "metrics file")
         remedy = "delete it and evaluate the run again"
         if not isinstance(content, dict):
             raise UserError(f"{self.metrics} is no metrics file; {remedy}.")
         version = content.pop("format", 1)
-        if not isinstance(version, int) or version > METRICS_FORMAT:
+        if not isinstance(version, int) or not 1 <= version <= METRICS_FORMAT:
             raise UserError(
-                f"{self.metrics} was written by a newer version (format {version}); update this copy."
+                f"{self.metrics} was written by a newer version (format {shown(version)}); update this copy."
             )
         for split, result in content.items():
             if not isinstance(result, dict) or not isinstance(result.get("setting"), dict):
@@ -216,6 +235,33 @@ def load_run(run_dir: Path | str, device: str = "auto") -> tuple[Network, Recipe
     return RunFolder(run_dir).load(device)
 
 
+def read_history(path: Path) -> list[dict[str, str]]:
+    """The rows of a history.csv, oldest first; an empty cell is a term that did not count then.
+
+    Raises:
+        UserError: it cannot be read, a column is missing, or a cell holds no number.
+    """
+    columns, rows = read_table(path, "history of a run")
+    first = ("step", "lr", "seconds")
+    lacking = [name for name in first if name not in columns]
+    if lacking:
+        raise UserError(f"{path}: column '{lacking[0]}' is missing; restore the file or delete it.")
+    for number, row in enumerate(rows, start=2):
+        for name, text in row.items():
+            if not _is_number(text, whole=name == "step") and (text or name in first):
+                raise UserError(
+                    f"{path}, line {number}: {name} is {shown(text)}, no number; restore the file or delete it."
+                )
+    return rows
+
+
+def _is_number(text: str, whole: bool) -> bool:
+    try:
+        return int(text) >= 0 if whole else math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 class History:
     """history.csv: one row every `log_every` steps; per term the mean over the steps since the last row that
     had it.
@@ -229,8 +275,7 @@ class History:
         self.sums: dict[str, tuple[Any, int]] = {}  # term → (sum, number of steps that had it)
         rows = []
         if path.is_file():
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_history(path)
         self.rows: list[dict[str, Any]] = [row for row in rows if int(row["step"]) <= start]
         self.seconds = float(self.rows[-1]["seconds"]) if self.rows else 0.0
         self.clock = time.perf_counter()

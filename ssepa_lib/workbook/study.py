@@ -22,7 +22,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.attention import attention_statistics
 from ssepa_lib.evaluation.memory import affinity_map_bytes, peak_memory, saved_activation_bytes
 from ssepa_lib.model import Attention, Network, PatchAffinity
-from ssepa_lib.paths import results_root
+from ssepa_lib.paths import plain_name, results_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder, find_finished
 from ssepa_lib.training.trainer import OnStep, train
@@ -43,18 +43,21 @@ def preset_folder(preset: str, run_name: str = "") -> Path:
     Raises:
         UserError: a run name that is no plain name of a folder.
     """
-    if run_name and (Path(run_name).name != run_name or run_name.startswith(".")):
-        raise UserError(f"run_name '{run_name}' is no plain folder name; use letters, digits, '-' and '_'.")
-    folder = results_root() / preset / run_name
+    folder = results_root() / plain_name("preset", preset)
+    folder = folder / plain_name("run_name", run_name) if run_name else folder
     for name in ("figures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> Path:
-    """`<results>/<preset>/<method>[-<backbone>][-<run_name>]-seed<seed>` of a method or `method/backbone`."""
-    name = method.replace("/", "-")
-    return results_root() / preset / "-".join(filter(None, (name, run_name, f"seed{seed}")))
+    """`<results>/<preset>/<method>[-<backbone>][-<run_name>]-seed<seed>` of a method or `method/backbone`.
+
+    Raises:
+        UserError: a preset or run name that is no plain name of a folder.
+    """
+    parts = (method.replace("/", "-"), plain_name("run_name", run_name) if run_name else "", f"seed{seed}")
+    return results_root() / plain_name("preset", preset) / "-".join(filter(None, parts))
 
 
 def recipe_for(
