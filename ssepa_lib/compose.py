@@ -192,8 +192,8 @@ def _read(path: Path) -> dict[str, Any]:
     version = content.get("format", 1)
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT:
         raise UserError(
-            f"recipe file {path} was written by a newer version (format {shown(version)}, known up to {FORMAT}); "
-            "update the library."
+            f"recipe file {path} was written by a newer version (format {shown(version)}, known up to "
+            f"{FORMAT}); update the library."
         )
     return content
 

@@ -44,8 +44,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file atomically.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe in front, which spreadsheets hide and
-    `readers.read_table` drops. Numbers stay as they are.
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, which spreadsheets hide
+    and `readers.read_table` drops. Numbers stay as they are.
     """
 
     def cell(value: Any) -> Any:

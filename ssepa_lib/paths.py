@@ -35,7 +35,7 @@ def plain_name(what: str, name: str) -> str:
     Raises:
         UserError: it cannot.
     """
-    if not re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}", name):
+    if not re.fullmatch(r"\w[^/\\\x00-\x1f\x7f]{0,199}", name):
         raise UserError(f"{what} '{name}' is no plain folder name; use letters, digits, '-' and '_'.")
     return name
 

@@ -1,7 +1,7 @@
 """Files that people write or exchange: one reader each for text, tables, JSON and YAML.
 
-Every fault ends in one sentence that names the file. A text is UTF-8, with or without a byte order mark; lines
-end as on any system. Nothing in a file is executed, expanded or looked up.
+Every fault ends in one sentence that names the file. A text is UTF-8, with or without a byte order mark;
+lines end as on any system. Nothing in a file is executed, expanded or looked up.
 """
 
 import codecs
@@ -82,8 +82,8 @@ def read_table(path: Path, what: str) -> tuple[list[str], list[dict[str, str]]]:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(columns):
             raise UserError(
-                f"{path}, line {number}: {len(columns)} values expected, {len(row)} found; separate values by "
-                "',' and classes by ';'."
+                f"{path}, line {number}: {len(columns)} values expected, {len(row)} found; separate "
+                "values by ',' and classes by ';'."
             )
     return columns, [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]
 

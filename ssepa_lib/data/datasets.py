@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssepa_lib.data.download import Progress
-from ssepa_lib.data.images import read_image, read_mask, voc_palette
+from ssepa_lib.data.images import UNREADABLE, read_image, read_mask, voc_palette
 from ssepa_lib.errors import UserError
+from ssepa_lib.files import require_place
 from ssepa_lib.recipe import DataConfig, Recipe
 
 DATASETS: dict[str, type["SegmentationDataset"]] = {}
@@ -178,7 +179,7 @@ class FileDataset(SegmentationDataset):
             with Image.open(self.images[i]) as file:  # the header alone
                 turned = self.upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 size = file.size[::-1] if turned else file.size
-        except OSError as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.images[i]}: unreadable image ({error}); replace the file.") from error
         return read_mask(self.masks[i], len(self.classes), size)
 
@@ -291,7 +292,9 @@ def prepare(name: str, root: Path | None = None, progress: Progress | None = Non
         UserError: another name, no host answers, or files that are damaged or in the way.
     """
     dataset, preparation = _preparation(name)
-    return preparation.prepare(dataset.find_root(root or ""), progress)
+    place = dataset.find_root(root or "")
+    require_place(place)
+    return preparation.prepare(place, progress)
 
 
 def verify(name: str, root: Path | None = None) -> Verification:

@@ -7,7 +7,6 @@ what was measured in `metrics.json`.
 import csv
 import hashlib
 import json
-import math
 import os
 import pickle  # only to name the exception of an unreadable file
 import time
@@ -32,7 +31,7 @@ from ssepa_lib.model.network import Network
 from ssepa_lib.readers import parse_json, read_json, read_table
 from ssepa_lib.recipe import Recipe
 
-METRICS_FORMAT = 2
+METRICS_FORMAT = 3  # from 3 on, every result carries the checksum of its numbers
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -225,11 +224,24 @@ class RunFolder:
         for split, result in content.items():
             if not isinstance(result, dict) or not isinstance(result.get("setting"), dict):
                 raise UserError(f"{self.metrics}: 'setting' of {split} is missing; {remedy}.")
+            stated = result.pop("checksum", None)
+            if (stated is not None or version >= 3) and stated != _checksum(result):
+                raise UserError(
+                    f"{self.metrics}: the result {split} has been changed since it was measured; {remedy}."
+                )
         return content
 
     def write_metrics(self, split: str, result: dict) -> None:
         """Store the result of one split; other splits stay, and a crash leaves the old file."""
-        write_json(self.metrics, {"format": METRICS_FORMAT} | self.read_metrics() | {split: result})
+        results = self.read_metrics() | {split: result}
+        signed = {name: each | {"checksum": _checksum(each)} for name, each in results.items()}
+        write_json(self.metrics, {"format": METRICS_FORMAT} | signed)
+
+
+def _checksum(result: dict) -> str:
+    """16 hex digits over everything that a result says."""
+    text = json.dumps(json.loads(json.dumps(result)), sort_keys=True)  # as it is read from a file
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find_finished(recipe: Recipe, folder: Path) -> Path:
@@ -278,17 +290,16 @@ def read_history(path: Path) -> list[dict[str, str]]:
     for number, row in enumerate(rows, start=2):
         for name, text in row.items():
             if not _is_number(text, whole=name == "step") and (text or name in first):
-                raise UserError(
-                    f"{path}, line {number}: {name} is {shown(text)}, no number; restore the file or delete it."
-                )
+                value = f"{name} is {shown(text)}, no number"
+                raise UserError(f"{path}, line {number}: {value}; restore the file or delete it.")
     return rows
 
 
 def _is_number(text: str, whole: bool) -> bool:
-    try:
-        return int(text) >= 0 if whole else math.isfinite(float(text))
-    except ValueError:
-        return False
+    """Whether a cell holds a step, or a float; the loss of a run that failed may be NaN."""
+    with suppress(ValueError):
+        return int(text) >= 0 if whole else isinstance(float(text), float)
+    return False
 
 
 class History:

@@ -6,6 +6,7 @@ notebook names what it needs and trains in its metadata: `{"ssepa": {"needs": [.
 """
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssepa_lib.errors import UserError
+from ssepa_lib.fields import shown
 from ssepa_lib.paths import NOTEBOOKS
+from ssepa_lib.readers import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,10 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     """
     kind = type(default)
     if isinstance(value, str) and kind is dict:
-        with suppress(yaml.YAMLError):
-            value = yaml.safe_load(value)
+        with suppress(ValueError):
+            value = parse_yaml(value)
     elif isinstance(value, str) and kind is not str:
-        with suppress(ValueError, SyntaxError):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # what deep nesting raises
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
     if kind is float and type(value) is int:
         value = float(value)
@@ -130,9 +131,10 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     if kind in (list, tuple):
         value = list(value) if isinstance(value, (list, tuple)) else [value]
         return [coerce(f"an item of {name}", item, default[0]) if default else item for item in value]
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(
-            f"parameter {name} is {value!r}, but it must be of type {kind.__name__} (default {default!r})."
+            f"parameter {name} is {shown(value)}, but it must be of type {kind.__name__} (default "
+            f"{default!r})."
         )
     return value
 
