@@ -62,7 +62,8 @@ def train(
 
     made = load_recipe(recipe, pairs(changes) | ({} if seed is None else {"train.seed": seed}))
     preset, *method = [Path(recipe).stem] if recipe.endswith((".yaml", ".yml")) else recipe.split("/")
-    name = plain_name("--run", run or f"{'-'.join(method) or preset}-seed{made.train.seed}")
+    name = f"{'-'.join(method) or preset}-seed{made.train.seed}"
+    name = plain_name("--run", name if run is None else run)
     folder = results_root() / plain_name("preset", preset) / name
     require_place(folder)
     build_dataset(made.data, "train")  # missing data is reported before the time
@@ -232,9 +233,9 @@ def recipe(
     """
     from ssepa_lib import compose
 
-    if explain:
+    if explain is not None:
         print(compose.explain(explain))
-    elif name:
+    elif name is not None:
         made = compose.load_recipe(name, pairs(changes))
         print(f"# {made.title}, hash {made.hash()}\n{compose.to_yaml(made)}", end="")
     else:

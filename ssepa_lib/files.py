@@ -61,12 +61,13 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     write_atomically(path, write)
 
 
-def require_place(path: Path, folder: bool = True) -> None:
+def require_place(path: Path, folder: bool = True, writable: bool = True) -> None:
     """Refuse a place where results could not be written, before anything is computed.
 
     Args:
         path: of a folder or a file, which need not exist.
         folder: whether it is to be a folder.
+        writable: whether anything is to be written there at all.
 
     Raises:
         UserError: something else is there, a file is in the way, or the folder may not be written to.
@@ -78,7 +79,7 @@ def require_place(path: Path, folder: bool = True) -> None:
     there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
     if there != path and not there.is_dir():
         raise UserError(f"{path} cannot be made, because {there} is a file; choose another folder.")
-    if not os.access(there, os.W_OK):
+    if writable and not os.access(there, os.W_OK):
         raise UserError(f"{path} cannot be written, because {there} is read-only; choose another folder.")
 
 

@@ -20,10 +20,13 @@ def results_root() -> Path:
     Raises:
         UserError: there is a file of that name.
     """
-    root = Path(os.environ.get("SSEPA_RESULTS") or PROJECT / "results")
-    if os.path.lexists(root) and not root.is_dir():
-        raise UserError(f"{root} is no folder, but results need one; set SSEPA_RESULTS to a folder.")
-    return root
+    return _folder(Path(os.environ.get("SSEPA_RESULTS") or PROJECT / "results"), "SSEPA_RESULTS")
+
+
+def _folder(path: Path, variable: str) -> Path:
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{path} is no folder; set {variable} to a folder.")
+    return path
 
 
 def plain_name(what: str, name: str) -> str:
@@ -48,7 +51,7 @@ def folder_root() -> str:
 
 def weights_root() -> Path:
     """Folder of `<backbone>.safetensors`, read before timm's: `SSEPA_WEIGHTS`, default `data/weights`."""
-    return Path(os.environ.get("SSEPA_WEIGHTS") or PROJECT / "data" / "weights")
+    return _folder(Path(os.environ.get("SSEPA_WEIGHTS") or PROJECT / "data" / "weights"), "SSEPA_WEIGHTS")
 
 
 @contextmanager

@@ -100,7 +100,9 @@ def prepared(tmp_path_factory):
     save_recipe(
         load_recipe("shapes/toco", small | {"data.name": "folder", "data.root": "own"}), root / "own.yaml"
     )
-    save_recipe(load_recipe("voc/toco", small | {"data.root": "voc"}), root / "voc.yaml")
+    save_recipe(
+        load_recipe("voc/toco", small | {"data.root": "voc", "data.train_split": "train"}), root / "voc.yaml"
+    )
     with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSEPA_RESULTS", "results")
         save_recipe(load_recipe("shapes/toco", small), root / "shapes.yaml")

@@ -275,6 +275,12 @@ def _preparation(name: str) -> tuple[type[SegmentationDataset], Preparation]:
     return known[name]
 
 
+def _place(dataset: type[SegmentationDataset], root: Path | None) -> Path:
+    place = dataset.find_root(root or "")
+    require_place(place, writable=False)
+    return place
+
+
 def preparable() -> list[str]:
     """What `prepare` and `verify` know, each after what it builds on."""
     return [name for cls in DATASETS.values() for name in cls.preparations]
@@ -292,9 +298,7 @@ def prepare(name: str, root: Path | None = None, progress: Progress | None = Non
         UserError: another name, no host answers, or files that are damaged or in the way.
     """
     dataset, preparation = _preparation(name)
-    place = dataset.find_root(root or "")
-    require_place(place)
-    return preparation.prepare(place, progress)
+    return preparation.prepare(_place(dataset, root), progress)
 
 
 def verify(name: str, root: Path | None = None) -> Verification:
@@ -308,4 +312,4 @@ def verify(name: str, root: Path | None = None) -> Verification:
         UserError: another name.
     """
     dataset, preparation = _preparation(name)
-    return preparation.verify(dataset.find_root(root or ""))
+    return preparation.verify(_place(dataset, root))

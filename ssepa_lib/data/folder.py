@@ -127,7 +127,7 @@ class FolderDataset(TableDataset):
 
     @staticmethod
     def _read_classes(path: Path, rows: list[dict[str, str]]) -> list[str]:
-        if path.is_file():
+        if path.exists():
             names = read_lines(path, "list of classes")
             if len(set(names)) < len(names) or "background" in names:
                 raise UserError(f"{path}: list every class once, without the background.")

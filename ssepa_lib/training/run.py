@@ -112,7 +112,8 @@ class RunFolder:
         Raises:
             UserError: it holds one.
         """
-        if self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
+        begun = any(file.exists() for file in (self.state, self.weights, self.history, self.metrics))
+        if begun and self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
             raise UserError(
                 f"{self.path} holds a run of another recipe; choose another run name or remove it."
             )
@@ -199,7 +200,9 @@ class RunFolder:
         with safe_open(self.weights, "pt") as file:
             stored = (file.metadata() or {}).get("classes", "null")
         classes = parse_json(stored)
-        whole = isinstance(classes, list) and all(isinstance(name, str) and name.strip() for name in classes)
+        whole = isinstance(classes, list) and all(
+            isinstance(name, str) and name.strip() and name.isprintable() for name in classes
+        )
         if not whole or not 0 < len(set(classes)) == len(classes) < 255:
             raise ValueError("its class names are missing or not a list of names in JSON")
         return classes

@@ -6,8 +6,10 @@ notebook names what it needs and trains in its metadata: `{"ssepa": {"needs": [.
 """
 
 import ast
+import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from typing import Any
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.fields import shown
-from ssepa_lib.paths import NOTEBOOKS
+from ssepa_lib.files import write_text
+from ssepa_lib.paths import NOTEBOOKS, PROJECT
 from ssepa_lib.readers import parse_yaml
 
 
@@ -168,6 +171,27 @@ def check_parameters(
         names = [name for name in given if name in defaults]
         values[notebook.name] = {name: coerce(name, given[name], defaults[name]) for name in names}
     return values
+
+
+def forget_places(copy: Path, results: Path) -> None:
+    """Take the folders of this machine, and with them the user's name, out of an executed notebook.
+
+    Args:
+        copy: the notebook; nothing happens if it cannot be read.
+        results: folder of everything computed, from now on `results`.
+    """
+    places = {results: "results", PROJECT: ".", Path(sys.prefix): "<python>", Path.home(): "~"}
+    try:
+        content = json.loads(copy.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # its kernel has not even started
+        return
+    for name in ("input_path", "output_path"):
+        content.get("metadata", {}).get("papermill", {}).pop(name, None)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    for place in sorted(places, key=lambda each: -len(str(each))):
+        if place != Path(place.root):
+            text = text.replace(json.dumps(str(place), ensure_ascii=False)[1:-1], places[place])
+    write_text(copy, f"{text}\n")
 
 
 def describe_parameters(notebooks: Sequence[Notebook]) -> str:
