@@ -65,6 +65,7 @@ def values(*default: Any) -> Any:
 class Section:
     """A group of settings; an unknown field or a value that is not allowed raises `UserError`."""
 
+    __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
     KEY: ClassVar[str] = ""
     """Name of the section in a recipe."""
     REVISION: ClassVar[int] = 1
@@ -144,8 +145,8 @@ def allowed(kind: Any, metadata: tuple | list = ()) -> str:
         return _allowed_list(get_args(kind)[0], bounds)
     if kind in (int, float):
         return f"a {'whole ' if kind is int else ''}number {_range(bounds)}"
-    names = {bool: "true or false", str: "a text"}
-    return names.get(kind, "a mapping")
+    words = {bool: "true or false", str: "a text"}
+    return words.get(kind, "a mapping")
 
 
 def _allowed_list(kind: Any, bounds: dict[str, Any]) -> str:

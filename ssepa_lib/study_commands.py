@@ -1,6 +1,7 @@
 """Commands on notebooks, studies, tables and benchmarks; see `commands`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,8 @@ from ssepa_lib.workbook.progress import counter
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ssepa_lib.recipe import Recipe
 
 _SIZE = create_mutex_group(required=False)
 
@@ -114,7 +117,6 @@ def _queue(
     yes: bool,
 ) -> tuple["pd.DataFrame", int]:
     """The rows of a study after this shard of it, and how many runs are still missing."""
-    from ssepa_lib.data import build_dataset
     from ssepa_lib.workbook import queue
     from ssepa_lib.workbook.plan import confirm, plan
     from ssepa_lib.workbook.progress import StudyDisplay
@@ -126,13 +128,26 @@ def _queue(
     part = queue.parse_shard(shard)
     jobs = study_jobs(*what, **options)
     own = queue.share(jobs, part).values()
-    build_dataset(next(iter(jobs.values())).recipe.data, "train")  # missing data is reported before the time
+    _check_scoring(next(iter(jobs.values())).recipe, options["splits"])
     confirm(plan(list(own)), yes)
     display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
     with display.show():
         runs = run_study(*what, **options, report=display, processes=number, shard=part)
     done = set(zip(runs["method"], runs["seed"], strict=True)) if len(runs) else set()
     return runs, len(jobs) - len(done)
+
+
+def _check_scoring(recipe: "Recipe", splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Missing data and what cannot be scored are reported before the first run is trained."""
+    from ssepa_lib.data import build_dataset, measured_split
+    from ssepa_lib.labels.crf import require_crf
+
+    build_dataset(recipe.data, "train")
+    for split, how in splits.items():
+        size = recipe.data.eval_size if how.get("size") is None else how["size"]
+        measured_split(replace(recipe, data=replace(recipe.data, eval_size=size)), split)
+        if "ms_crf" in how.get("test_time", ()):
+            require_crf()
 
 
 def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:
@@ -232,6 +247,7 @@ def haaf(
     require_place(out or run)
     network, recipe = load_run(run, device)
     settings = {"attention": attention, "descriptor": descriptor, "iterations": iterations}
+    replace(recipe.affinity, **settings)  # checked before anything is computed
     variants = {kind: {"haaf_objective": kind} | settings for kind in HAAF_OBJECTIVES[1:]}
     datasets = [measured_split(recipe, split) for split in splits]
     progress = counter("HAAF", "step")
@@ -317,6 +333,8 @@ def gpu(
     if not 0 < minutes <= 10_000:
         raise UserError(f"--minutes is {minutes}; it must be above 0 and at most 10 000.")
     require_place(out)
+    if weights is not None and not weights.is_dir():
+        raise UserError(f"--weights {weights} is no folder; name the one that holds ViT-Tiny's weights.")
     return run_gpu(out, minutes, data=data, weights=weights, dry_run=dry_run)
 
 
@@ -336,4 +354,6 @@ def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, se
     at_least(1, steps=steps)
     at_least(0, seed=seed)
     require_place(out, folder=False)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out} must end in .safetensors; that is the format of the weights.")
     print(pretrain(out, steps=steps, seed=seed, on_step=follow("pretrain")))

@@ -80,7 +80,7 @@ def _read_instances(root: Path, split: str) -> tuple[list[dict], list[dict], dic
     return images, annotations, {category["id"]: i for i, category in enumerate(categories, start=1)}
 
 
-_FIELDS = {
+_FIELDS: dict[str, dict[str, Any]] = {
     "images": {"id": int, "file_name": str, "height": int, "width": int},
     "annotations": {"image_id": int, "category_id": int, "area": (int, float), "segmentation": (list, dict)},
     "categories": {"id": int, "name": str},

@@ -128,7 +128,8 @@ def predict_folder(
     drawn = [path.stem for path in dataset.images if (out / f"{path.stem}.png").exists()]
     if drawn and not (out / "classes.csv").exists():
         raise UserError(
-            f"{out} holds {drawn[0]}.png, which is no earlier prediction; choose another folder, so that it stays."
+            f"{out} holds {drawn[0]}.png, which is no earlier prediction; choose another folder, so that it "
+            "stays."
         )
     names = ["background", *network.classes]
     legend = [(i, name, *palette[i]) for i, name in enumerate(names)]
