@@ -92,6 +92,7 @@ def evaluate(
     from ssepa_lib.evaluation import describe_setting, evaluate_run
 
     at_least(0, images=images, size=size or 0)
+    one_or_more(test_time=test_time)
     result = evaluate_run(
         run,
         split,
@@ -252,6 +253,17 @@ def at_least(least: int, **values: int) -> None:
         if not least <= value <= 10**8:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} is {value}; it must be a whole number from {least} to 100 000 000.")
+
+
+def one_or_more(**values: Sequence[Any]) -> None:
+    """Refuse options of the command line that were given without a value.
+
+    Raises:
+        UserError: one is empty.
+    """
+    for name, value in values.items():
+        if not value:
+            raise UserError(f"--{name.replace('_', '-')} is empty; give one value or more, or leave it out.")
 
 
 def pairs(items: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ssepa_lib.commands import (
     Yes,
     at_least,
     follow,
+    one_or_more,
     pairs,
 )
 from ssepa_lib.errors import UserError
@@ -25,8 +26,6 @@ from ssepa_lib.workbook.progress import counter
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from ssepa_lib.recipe import Recipe
 
 _SIZE = create_mutex_group(required=False)
 
@@ -99,6 +98,7 @@ def study(
             "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
         )
     at_least(0, steps=steps, size=size or 0)
+    one_or_more(test_time=test_time)
     scoring = {"test_time": test_time, "size": size}
     options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
     options |= {"steps": steps, "device": device, "run_name": run_name}
@@ -120,7 +120,7 @@ def _queue(
     from ssepa_lib.workbook import queue
     from ssepa_lib.workbook.plan import confirm, plan
     from ssepa_lib.workbook.progress import StudyDisplay
-    from ssepa_lib.workbook.study import run_study, study_jobs
+    from ssepa_lib.workbook.study import require_scoring, run_study, study_jobs
 
     number = queue.number_of_workers(options["device"]) if processes is None else processes
     if number < 1:
@@ -128,26 +128,13 @@ def _queue(
     part = queue.parse_shard(shard)
     jobs = study_jobs(*what, **options)
     own = queue.share(jobs, part).values()
-    _check_scoring(next(iter(jobs.values())).recipe, options["splits"])
+    require_scoring(next(iter(jobs.values())).recipe, options["splits"])
     confirm(plan(list(own)), yes)
     display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
     with display.show():
         runs = run_study(*what, **options, report=display, processes=number, shard=part)
     done = set(zip(runs["method"], runs["seed"], strict=True)) if len(runs) else set()
     return runs, len(jobs) - len(done)
-
-
-def _check_scoring(recipe: "Recipe", splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Missing data and what cannot be scored are reported before the first run is trained."""
-    from ssepa_lib.data import build_dataset, measured_split
-    from ssepa_lib.labels.crf import require_crf
-
-    build_dataset(recipe.data, "train")
-    for split, how in splits.items():
-        size = recipe.data.eval_size if how.get("size") is None else how["size"]
-        measured_split(replace(recipe, data=replace(recipe.data, eval_size=size)), split)
-        if "ms_crf" in how.get("test_time", ()):
-            require_crf()
 
 
 def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:
@@ -244,6 +231,7 @@ def haaf(
     from ssepa_lib.workbook.haaf_study import compare_haaf_objectives
 
     at_least(1, steps=steps, iterations=iterations)
+    one_or_more(splits=splits)
     require_place(out or run)
     network, recipe = load_run(run, device)
     settings = {"attention": attention, "descriptor": descriptor, "iterations": iterations}
@@ -274,10 +262,12 @@ def tables(
         preset: Data recipe.
     """
     from ssepa_lib.paths import plain_name, results_root
+
+    folder = results_root() / plain_name("preset", preset)
     from ssepa_lib.workbook import published
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 
-    runs = collect_runs(results_root() / plain_name("preset", preset))
+    runs = collect_runs(folder)
     for each in number:
         print(f"\nTable {each}\n\n{to_markdown(getattr(published, f'table_{each}')(runs))}")
 

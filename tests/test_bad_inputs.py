@@ -116,7 +116,8 @@ def _weights(path, change):
     """Rewrite a weight file; `change` takes its tensors and metadata."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file(*change(load_file(path), metadata), path)
+    state, metadata = change(load_file(path), metadata)
+    save_file(state, path, metadata)
 
 
 def int8(path):

@@ -103,6 +103,9 @@ def check_instances(content: Any) -> list[list[dict[str, Any]]]:
                 value = entry.get(name) if isinstance(entry, dict) else None
                 if not isinstance(value, wanted) or isinstance(value, bool):
                     raise ValueError(f"'{name}' of {kind}[{number}] is missing or malformed")
+    for kind in ("images", "categories"):
+        if len({entry["id"] for entry in content[kind]}) < len(content[kind]):
+            raise ValueError(f"two entries of '{kind}' have the same id")
     images = {image["id"]: image for image in content["images"]}
     known = {category["id"] for category in content["categories"]}
     for number, image in enumerate(content["images"]):

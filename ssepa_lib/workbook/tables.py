@@ -2,7 +2,7 @@
 Markdown."""
 
 import json
-import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +11,6 @@ import pandas as pd
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.results import read_all_results
 from ssepa_lib.paths import PROJECT
-
-_log = logging.getLogger(__name__)
 
 
 def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
@@ -26,7 +24,7 @@ def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
 def collect_runs(folder: Path | str) -> pd.DataFrame:
     """Every evaluated run below a folder, one row per run and split: the result on the most images.
 
-    A run whose metrics cannot be read is left out; a warning names it.
+    A run whose metrics cannot be read is left out; a line on standard error names it.
 
     Columns: `run`, `preset` (folder names), the entries of the setting (`data`, `split`, `method`, `seed`,
     `steps`, …), `variant` (what the run's name adds to the method), one column of mIoU in percent per output,
@@ -35,7 +33,7 @@ def collect_runs(folder: Path | str) -> pd.DataFrame:
     rows = []
     found, problems = read_all_results(path.parent for path in sorted(Path(folder).rglob("metrics.json")))
     for problem in problems:
-        _log.warning(problem)
+        print(problem, file=sys.stderr)
     for run, stored in found.items():
         results = sorted(stored.values(), key=lambda r: r["setting"]["images"])
         most = {result["setting"]["split"]: result for result in results}
