@@ -12,6 +12,7 @@ _REMEDIES = {
     errno.EPERM: "choose a folder that you may write to, or ask for the right to",
     errno.EEXIST: "a file of that name is in the way; choose another folder",
     errno.ENOTDIR: "a file is in the way of that folder; choose another one",
+    errno.EISDIR: "a folder of that name is in the way; choose another name",
     errno.EIO: "check that disk, and run the same command again",
     errno.ESTALE: "see whether the network drive is there, and run the same command again",
     errno.EMFILE: "raise the number of open files (ulimit -n) and run the same command again",
@@ -46,8 +47,9 @@ def explain_failure(error: BaseException) -> str | None:
     """
     if isinstance(error, MemoryError) or any(part in str(error) for part in _MEMORY):
         return (
-            "memory is exhausted; lower data.batch or data.workers for a training, eval.batch or the size for "
-            "an evaluation, or close other programs, and run the same command again."
+            "memory is exhausted; for a training, lower data.batch or data.workers or set "
+            "train.checkpointing, for an evaluation, lower eval.batch or the size, or close other programs; "
+            "then run the same command again."
         )
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return f"{error.filename or 'a file'} cannot be written ({error.strerror}); {_REMEDIES[error.errno]}."

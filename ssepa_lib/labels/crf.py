@@ -3,11 +3,16 @@
 The file imports no torch, so that a worker starts at once.
 """
 
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -84,12 +89,18 @@ def crf_pool(
 
     Jobs (image, probabilities, rest) become (labels, rest), in order. They are drawn lazily, at most two per
     worker ahead, so memory stays bounded and nothing goes through the disk; the rest stays in this process.
+    The workers end with this process, however it ends, and at once where the iterator is closed early.
+
+    Raises:
+        UserError: a worker has died, or memory is exhausted; see also `dense_crf`.
     """
     if processes <= 1:
         yield from ((crf_labels(image, probabilities), rest) for image, probabilities, rest in jobs)
         return
     # "spawn", because a forked copy of a process that already uses the GPU or threads may hang
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    context = get_context("spawn")
+    theirs, lifeline = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(processes, context, initializer=_end_with, initargs=(theirs,))
     waiting = deque()
     try:
         for image, probabilities, rest in jobs:
@@ -99,5 +110,26 @@ def crf_pool(
                 yield future.result(), kept
         for future, rest in waiting:
             yield future.result(), rest
+    except (BrokenProcessPool, MemoryError) as error:
+        raise UserError(
+            "a worker of the dense CRF has died, most likely for want of memory; close other programs, give "
+            "the command fewer cores (taskset -c 0), or leave ms_crf out."
+        ) from error
+    except BaseException:
+        lifeline.close()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+        lifeline.close()
+        theirs.close()
+
+
+def _end_with(parent: Connection) -> None:
+    """Let this process end as soon as the other end of the connection is closed, if only by a kill."""
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            parent.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -20,7 +20,8 @@ from ssepa_lib.device import autocast, describe_device, precision, resolve_devic
 from ssepa_lib.errors import UserError
 from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.training.run import RunFolder, find_finished, read_history
+from ssepa_lib.training.history import history_rows
+from ssepa_lib.training.run import RunFolder, find_finished
 from ssepa_lib.workbook.ablations import FSR_ARMS
 from ssepa_lib.workbook.queue import Job
 from ssepa_lib.workbook.study import study_jobs
@@ -122,7 +123,7 @@ def _measured(folder: Path) -> dict[str, float]:
     found = {}
     for run in map(RunFolder, sorted(folder.glob("*/"))):
         with suppress(UserError, ZeroDivisionError):  # what cannot be read says nothing about time
-            last = read_history(run.history)[-1:]
+            last = history_rows(run.history)[-1:]
             found |= {_kind(run.recipe()): float(row["seconds"]) / int(row["step"]) for row in last}
     return found
 

@@ -197,6 +197,26 @@ def _origin() -> str:
     return f"{environment('auto')}; {datetime.now():%Y-%m-%d %H:%M}; commit {commit()}"
 
 
+def _provenance(preset_folder: Path, run_name: str) -> str:
+    """What the numbers of every run were measured with, as a table below the origin of the report."""
+    names = {"weights": "weights", "pixels": "data", "recipe_hash": "recipe", "commit": "commit"}
+    rows = []
+    for run, splits in read_runs(preset_folder, run_name).items():
+        for split, result in splits.items():
+            setting = result["setting"]
+            used = ", ".join(f"{name} {number}" for name, number in setting.get("versions", {}).items())
+            known = [setting.get(name) or "not recorded" for name in names]
+            cells = [run, split, *known, used or "not recorded", setting.get("device", "not recorded")]
+            rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
+    heads = ["run", "split", *names.values(), "versions", "device"]
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    note = "Fingerprints: equal ones mean equal weights, pixels and settings of the training."
+    summary = "<summary>Weights, data, recipe and versions of every number</summary>"
+    table = f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<details>{summary}{table}<p class="note">{note}</p></details>' if rows else ""
+
+
 def write_report(preset_folder: Path, run_name: str = "") -> Path:
     """Turn executed notebooks into pages and an `index.html`; returns the index.
 
@@ -226,6 +246,7 @@ def write_report(preset_folder: Path, run_name: str = "") -> Path:
         _figures(folder),
         f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>",
         f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
+        _provenance(preset_folder, run_name),
     ]
     write_text(report / "index.html", page(title, "".join(parts)))
     return report / "index.html"

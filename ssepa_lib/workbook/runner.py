@@ -15,6 +15,7 @@ from typing import IO, Any
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import DATASETS, build_dataset
 from ssepa_lib.errors import UserError
+from ssepa_lib.files import FolderLock
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root, variables_set
 from ssepa_lib.training.run import RunFolder
 from ssepa_lib.workbook.notebooks import Notebook, check_parameters, discover, forget_places, select
@@ -193,8 +194,8 @@ def run_workbook(
     with tempfile.TemporaryDirectory() as scratch, variables_set(SSEPA_RESULTS=str(root), **places):
         _announce(chosen, values, yes)
         folder = preset_folder(preset, run_name)
-        (folder / "notebooks").mkdir(exist_ok=True)
-        failures = _run_all(chosen, values, folder / "notebooks", Path(scratch))
+        with FolderLock(folder / "notebooks"):
+            failures = _run_all(chosen, values, folder / "notebooks", Path(scratch))
     index = write_report(root / preset, run_name)
     print(f"\n{headline(root / preset, run_name)}\n")
     taken = clock(time.time() - began)

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from ssepa_lib.training.run import read_history
+from ssepa_lib.training.history import history_rows
 from ssepa_lib.workbook.figures.style import BESIDE, OUTPUT_NAMES, own_axes
 
 TERM_NAMES = {
@@ -45,7 +45,7 @@ def plot_learning_curves(
         Axes of the panels, flat.
     """
     tables = {
-        run: h if isinstance(h, pd.DataFrame) else pd.DataFrame(read_history(Path(h))).apply(pd.to_numeric)
+        run: h if isinstance(h, pd.DataFrame) else pd.DataFrame(history_rows(Path(h))).apply(pd.to_numeric)
         for run, h in histories.items()
     }
     if terms is None:
