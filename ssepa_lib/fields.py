@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
-from pydantic_core import ArgsKwargs
 
 from ssepa_lib.errors import UserError, nearest
 
@@ -101,7 +100,7 @@ class Section:
 
 def _refuse_truth_values(section: type[Section], given: Any) -> None:
     """Pydantic would read true as 1 where a number is wanted."""
-    content = given.kwargs if isinstance(given, ArgsKwargs) else given
+    content = getattr(given, "kwargs", given)  # of a call, or of a mapping
     for name, value in content.items() if isinstance(content, dict) else ():
         field = section.__pydantic_fields__.get(str(name))
         if field is None or not (field.annotation in (int, float) or get_origin(field.annotation) is list):

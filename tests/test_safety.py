@@ -151,7 +151,7 @@ def test_readers_say_what_is_wrong(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb c\r\r\n\n d \n")
     assert read_lines(path, "list") == ["a", "b c", "d"]
-    for text in ("a: &x 1\nb: *x", "a: 1\na: 2", "a: {b: 1, b: 2}", "[" * 5000, "!!python/name:os.system"):
+    for text in ("a: &x 1\nb: *x", "a: 1\na: 2", "a: {b: 1, b: 2}", "[" * 2000, "!!python/name:os.system"):
         with pytest.raises(ValueError):
             parse_yaml(text)
     for text in ("[" * 100_000, "NaN", "[Infinity]", "{", b"\xff"):

@@ -131,13 +131,12 @@ class FolderDataset(TableDataset):
             names = read_lines(path, "list of classes")
             if len(set(names)) < len(names) or "background" in names:
                 raise UserError(f"{path}: list every class once, without the background.")
-            for name in names:
-                if ";" in name or not name.isprintable():
-                    raise UserError(
-                        f"{path}: '{name}' cannot be a class; write names without ';', one per line."
-                    )
         else:
+            path = path.with_name("labels.csv")
             names = sorted({name for row in rows for name in class_names(row)})
+        for name in names:
+            if not name.isprintable() or set(name) & set(";$"):
+                raise UserError(f"{path}: '{name}' cannot be a class; write names without ';' and '$'.")
         if not 0 < len(names) < IGNORE:
             raise UserError(f"{path}: {len(names)} classes; give 1 to {IGNORE - 1}.")
         return names
