@@ -4,9 +4,10 @@ import torch
 
 from ssepa_lib.data import IGNORE, split_of
 from ssepa_lib.evaluation import refined_mious
-from ssepa_lib.labels import build_refiner
+from ssepa_lib.labels import build_refiner, normalise_cam
 from ssepa_lib.model import build_network
 from ssepa_lib.workbook import haaf_study, map_study
+from ssepa_lib.workbook.study import samples
 
 
 @pytest.fixture
@@ -111,3 +112,20 @@ def test_a_dataset_without_masks_is_named_in_one_sentence(trained, monkeypatch, 
     assert map_study.has_masks(dataset) and capsys.readouterr().out == ""
     monkeypatch.setattr(dataset, "mask", lambda i: None)
     assert not map_study.has_masks(dataset) and "no masks" in capsys.readouterr().out
+
+
+def test_the_plain_cam_can_be_cut_at_0_before_it_is_enlarged(trained):
+    network, recipe, dataset = trained
+    shown = [i for i in range(len(dataset)) if dataset.label(i).any()][:2]
+    pixels, labels, _ = samples(dataset, shown, 32)
+    kinds, refiners = (
+        labels.argmax(1).tolist(),
+        {"after": None, "before": map_study.unrefined(recipe.affinity)},
+    )
+    maps = map_study.class_maps(network, recipe, pixels, labels, kinds, refiners)
+    with torch.no_grad():
+        cam = network(pixels).cam[range(len(shown)), kinds][:, None]  # [n, 1, h, w]
+    for name, small in {"after": cam, "before": cam.relu()}.items():
+        enlarged = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").relu()
+        assert torch.allclose(maps[name], normalise_cam(enlarged)[:, 0], atol=1e-5)
+    assert not torch.equal(maps["after"], maps["before"])
