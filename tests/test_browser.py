@@ -56,11 +56,24 @@ EXPLORERS = {
     "fits": "explorers.memory()",
 }
 STEPS = 8  # of the runs that the notebooks find
-REAL = {  # notebook → its parameters here, and the explorers that are tried
-    "00_start_here": ({"steps": STEPS, "images": 6}, ["Affinity microscope"]),
-    "02_method": ({"steps": STEPS, "images": 6}, ["From map to labels", "Layer mixer"]),
+SMALL = {  # what a folder needs to be trained within seconds
+    "data.crop": 96,
+    "data.eval_size": 96,
+    "data.batch": 4,
+    "data.workers": 0,
+    "contrast.local_size": 32,
+    "model.weights": "micro",
+    "model.backbone_args": {"img_size": 96, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3},
+}
+OWN = {"preset": '"folder"', "steps": 4, "images": 5, "image": 0, "overrides": json.dumps(SMALL)}
+FEW = {"steps": STEPS, "images": 6}
+REAL = {  # name here → notebook, its parameters, and the explorers that are tried
+    "00_start_here": ("00_start_here", FEW, ["Affinity microscope"]),
+    "00_without_masks": ("00_start_here", OWN, ["Affinity microscope"]),
+    "02_method": ("02_method", FEW, ["From map to labels", "Layer mixer"]),
     "04_cam_visualization": (
-        {"steps": STEPS, "images": 6, "rows": 2, "haaf_steps": 2},
+        "04_cam_visualization",
+        FEW | {"rows": 2, "haaf_steps": 2},
         ["Affinity microscope", "Layer mixer", "Propagation, step by step", "From map to labels"],
     ),
 }
@@ -94,7 +107,8 @@ def lab(tmp_path_factory):
     folders = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
     own = {f"JUPYTER_{name}": str(root / ".jupyter" / name) for name in folders}
     own |= {f"JUPYTERLAB_{name}_DIR": str(root / ".jupyter" / name) for name in ("SETTINGS", "WORKSPACES")}
-    own |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "SSEPA_RESULTS": str(root / "results")}
+    own |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    own |= {"SSEPA_RESULTS": str(root / "results"), "FOLDER_ROOT": str(root / "own")}
     tracker = root / ".jupyter" / "SETTINGS" / "@jupyterlab" / "notebook-extension"
     tracker.mkdir(parents=True)  # every cell is part of the page, also those out of sight
     settings = {"windowingMode": "none", "autoStartDefaultKernel": True}
@@ -123,6 +137,22 @@ def runs(lab):
         for method in ("toco", "ssepa"):
             recipe = study.recipe_for("shapes", method, steps=STEPS)
             train(recipe, study.run_folder("shapes", method))
+
+
+@pytest.fixture(scope="module")
+def own_images(lab):
+    """A folder of five images without masks, whose class would like to run a script."""
+    from PIL import Image
+
+    from ssepa_lib.data.shapes import render_scene, scene_facts
+
+    table = ["image,classes"]
+    (lab[1] / "own" / "images").mkdir(parents=True)
+    for i in range(5):
+        Image.fromarray(render_scene("val", i)[0]).save(lab[1] / "own" / "images" / f"{i}.png")
+        classes = ["<script>alert(1)</script>", *scene_facts("val", i).classes]
+        table.append(f"{i}.png,{';'.join(classes[: 1 + i % 2])}")
+    write_text(lab[1] / "own" / "labels.csv", "\n".join(table))
 
 
 def until(found, seconds=PATIENCE):
@@ -320,9 +350,9 @@ def test_explorers_live_and_saved(browser, lab, record_property):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_notebook_as_a_reader_uses_it(browser, lab, runs, record_property, name):
-    values, titles = REAL[name]
-    made = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+def test_a_notebook_as_a_reader_uses_it(browser, lab, runs, own_images, record_property, name):
+    notebook, values, titles = REAL[name]
+    made = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4)
     made.metadata["kernelspec"] = KERNEL
     (given,) = (cell for cell in made.cells if "parameters" in cell.metadata.get("tags", []))
     for parameter, value in values.items():

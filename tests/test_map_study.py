@@ -129,3 +129,19 @@ def test_the_plain_cam_can_be_cut_at_0_before_it_is_enlarged(trained):
         enlarged = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").relu()
         assert torch.allclose(maps[name], normalise_cam(enlarged)[:, 0], atol=1e-5)
     assert not torch.equal(maps["after"], maps["before"])
+
+
+def test_the_menus_of_the_microscope_offer_every_class_of_an_image(trained):
+    network, recipe, dataset = trained
+    shown = [i for i in range(len(dataset)) if dataset.label(i).any()]
+    forms = {
+        "uniform": haaf_study.uniform_refiner(recipe.affinity),
+        "plain": map_study.unrefined(recipe.affinity),
+    }
+    panel = map_study.microscopes(network, recipe, dataset, forms, shown)
+    offered = panel.menus["image"].options
+    assert len(offered) == sum(int(dataset.label(i).sum()) for i in shown)
+    assert offered[0] == f"{dataset.ids[shown[0]]}: {dataset.classes[int(dataset.label(shown[0]).argmax())]}"
+    before = panel.view.blob
+    panel.menus["affinity"].value = "plain"
+    assert panel.view.blob != before and panel.view.spec["layers"] == [None]

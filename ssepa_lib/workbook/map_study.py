@@ -6,6 +6,7 @@ Masks and parts are used here to measure; nothing is trained.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,7 +26,8 @@ from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
 from ssepa_lib.recipe import AffinityConfig, Recipe
 from ssepa_lib.workbook.data_study import PLACES, ground_of, single_creatures
-from ssepa_lib.workbook.lesson import NO_MASKS
+from ssepa_lib.workbook.explorers import Chooser, chooser, microscope
+from ssepa_lib.workbook.lesson import NO_MASKS, landmarks
 from ssepa_lib.workbook.study import object_parts, samples
 
 
@@ -235,7 +237,8 @@ def unrefined(config: AffinityConfig) -> MatrixRefiner:
     """A refiner that multiplies by the identity, for the plain CAM beside refined maps.
 
     A refined map is cut at 0 on the patches and enlarged then, the plain map of `multi_scale_cam` the other
-    way round, so that the two differ at the edges of what is positive. This refiner gives both one order.
+    way round, which makes it narrower: negative patches take away from their positive neighbours. This
+    refiner gives both one order.
 
     Args:
         config: of the affinity that is compared.
@@ -298,3 +301,42 @@ def blind_numbers(
         area = (map > recipe.cam.background).float().mean()
         rows[index] = {"median": float(map.median()), "area": float(area), "PAR": float(moved)}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def microscopes(
+    network: Network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    refiners: Mapping[str, Refiner],
+    indices: Sequence[int],
+) -> Chooser:
+    """The affinity microscope with menus for an image, one of its classes, and the form of the affinity.
+
+    Args:
+        refiners: name in the menu → refiner.
+        indices: images of the dataset; each is listed once per class of its label.
+    """
+    side, device = recipe.data.eval_size or recipe.data.crop, network.classifier.weight.device
+    scenes = {
+        f"{dataset.ids[i]}: {dataset.classes[kind]}": (i, kind)
+        for i in indices
+        for kind in dataset.label(i).nonzero().flatten().tolist()
+    }
+
+    def make(image: str, affinity: str) -> Any:
+        index, kind = scenes[image]
+        pixels, _, masks = samples(dataset, [index], side)
+        with torch.no_grad():
+            output = network(pixels.to(device), segment=False, capture=True)
+        cam, parts = output.cam[0, kind].relu(), object_parts(dataset, [index], side, [kind])
+        spots = landmarks(cam, parts=parts and parts[0])
+        return microscope(
+            pixels[0],
+            refiners[affinity].affinity(output.attention),
+            cam=cam.flatten(),
+            mask=masks and masks[0],
+            start=spots["Body"],
+            names={patch: name for name, patch in spots.items()},
+        )
+
+    return chooser(make, image=list(scenes), affinity=list(refiners))
