@@ -46,8 +46,8 @@ test: $(READY)  ## run the tests (VOC_ROOT and SSEPA_WEIGHTS, if set, add those 
 soak: $(READY)  ## kill runs at random moments and compare their ends; the report goes to results/soak
 	@OMP_NUM_THREADS=1 $(PY) tests/soak.py $(ARGS)
 
-lint: $(READY)  ## check style, format and stripped notebooks without changing a file
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m nbstripout --keep-id --verify notebooks/*.ipynb
+lint: $(READY)  ## check style, format, types and stripped notebooks without changing a file
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m nbstripout --keep-id --verify notebooks/*.ipynb
 
 format: $(READY)  ## format the code, correct what can be corrected, strip notebook outputs
 	@$(PY) -m ruff check --fix-only --quiet . && $(PY) -m ruff format . && $(PY) -m nbstripout --keep-id notebooks/*.ipynb

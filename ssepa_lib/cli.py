@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except (OSError, RuntimeError, MemoryError) as error:
         reason = explain_failure(error)
+        if reason is None and isinstance(error, OSError):
+            reason = f"{error.filename or 'a file'}: {error.strerror or error}; correct that path."
         if reason is None:
             raise
         return _end(f"error: {reason}", 2)
@@ -75,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(message: str, code: int) -> int:
     """Print one line on standard error, if anybody reads it, and return the exit code."""
+    line = "".join(c if c.isprintable() else " " for c in message)  # whatever a name in it holds
     with contextlib.suppress(OSError, ValueError):
-        print(message, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     return code
 
 

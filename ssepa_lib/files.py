@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssepa_lib.errors import UserError, explain_failure
+from ssepa_lib.readers import FORMULA
 
 
 @contextmanager
@@ -74,34 +75,45 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file atomically."""
+    """Write a CSV file atomically.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, which spreadsheets hide
+    and `readers.read_table` drops. Numbers stay as they are.
+    """
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(FORMULA):
+            return f"'{value}"
+        return None if value != value else value  # NaN is an empty cell, as None is
 
     def write(part: Path) -> None:
         with open(part, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(rows)
+            writer.writerows([cell(value) for value in row] for row in (header, *rows))
 
     write_atomically(path, write)
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file.
+def require_place(path: Path, folder: bool = True, writable: bool = True) -> None:
+    """Refuse a place where results could not be written, before anything is computed.
 
     Args:
-        path: the file.
-        what: what it is, for the error, for example "the metrics of a run".
+        path: of a folder or a file, which need not exist.
+        folder: whether it is to be a folder.
+        writable: whether anything is to be written there at all.
 
     Raises:
-        UserError: the file is missing, unreadable or not JSON.
+        UserError: something else is there, a file is in the way, or the folder may not be written to.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{what} cannot be read from {path} ({reason}); correct or delete the file."
-        ) from error
+    path = Path(path)
+    if os.path.lexists(path) and path.is_dir() != folder:
+        found, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise UserError(f"{path} is a {found}, but results need a {wanted}; choose another name.")
+    there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    if there != path and not there.is_dir():
+        raise UserError(f"{path} cannot be made, because {there} is a file; choose another folder.")
+    if writable and not os.access(there, os.W_OK):
+        raise UserError(f"{path} cannot be written, because {there} is read-only; choose another folder.")
 
 
 class FolderInUse(UserError):

@@ -15,13 +15,13 @@ from ssepa_lib.files import (
     FolderInUse,
     FolderLock,
     _process,
-    read_json,
     remove_parts,
     write_atomically,
     write_csv,
     write_json,
     write_text,
 )
+from ssepa_lib.readers import read_json
 
 
 def names(folder):

@@ -47,6 +47,8 @@ class ImageFolder(FileDataset):
                     f"{seen[path.stem]} and {path.name} would share one result; rename one of them."
                 )
             seen[path.stem] = path
+            if not path.name.isprintable():
+                raise UserError(f"{folder}: {path.name!r} is no name for a table; rename that image.")
         super().__init__("all", classes, paths, [None] * len(paths))
 
     def read_label(self, i: int) -> Tensor:
@@ -124,6 +126,12 @@ def predict_folder(
         raise UserError(
             f"{out} holds your images, which masks would replace; choose another folder for the results."
         )
+    drawn = [path.stem for path in dataset.images if (out / f"{path.stem}.png").exists()]
+    if drawn and not (out / "classes.csv").exists():
+        raise UserError(
+            f"{out} holds {drawn[0]}.png, which is no earlier prediction; choose another folder, so that it "
+            "stays."
+        )
     names = ["background", *network.classes]
     legend = [(i, name, *palette[i]) for i, name in enumerate(names)]
     options = {"device": device, "outputs": ("segmentation",), "test_time": (test_time,)}
@@ -166,6 +174,11 @@ def export_pseudo_labels(
         UserError: an unknown test-time mode; an image without labels.
     """
     out = Path(out)
+    for path in filter(None, getattr(dataset, "masks", ())):
+        if path.parent.resolve() == out.resolve():
+            raise UserError(
+                f"{out} holds the masks of {dataset.name}; choose another folder, so that they stay."
+            )
     options = {"device": device, "outputs": ("pseudo_label",), "test_time": (test_time,)}
     predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
     checked = (_require_label(prediction, dataset) for prediction in predictions)

@@ -21,10 +21,25 @@ from ssepa_lib.errors import UserError
 
 GAUSSIAN, BILATERAL = 1, 4  # weights of the two pairwise terms, in nats
 
+_MISSING = (
+    "dense CRF needs pydensecrf2: run `pip install -e '.[crf]'` in the project's folder (with a C++ compiler "
+    "and Python 3.11 or 3.12), or go without CRF."
+)
+
 
 def crf_available() -> bool:
     """Whether the optional package for the dense CRF is installed."""
     return find_spec("pydensecrf") is not None
+
+
+def require_crf() -> None:
+    """Refuse to begin what will need the dense CRF where it is not installed.
+
+    Raises:
+        UserError: the package `pydensecrf2` is not installed.
+    """
+    if not crf_available():
+        raise UserError(_MISSING)
 
 
 def dense_crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -48,10 +63,7 @@ def dense_crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:
-        raise UserError(
-            "dense CRF needs pydensecrf2: run `pip install -e '.[crf]'` in the project's folder (with a "
-            "C++ compiler and Python 3.11 or 3.12), or go without CRF."
-        ) from error
+        raise UserError(_MISSING) from error
     _, height, width = probabilities.shape
     strongest = probabilities.max(0) * np.exp(-(GAUSSIAN + BILATERAL))
     possible = (probabilities >= strongest).any((1, 2))  # at least the strongest itself

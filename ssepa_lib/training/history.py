@@ -3,6 +3,7 @@
 import csv
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.fields import shown
 from ssepa_lib.files import write_atomically
+from ssepa_lib.readers import read_table
 
 NAMED = 8  # at most so many ids of a batch are named
 
@@ -104,8 +107,33 @@ def read_history(path: Path, steps: int) -> dict[str, Any]:
     Its rows are those of the file up to `steps`. A file that cannot be read has no rows.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= steps]
-        return {"rows": rows, "sums": {}, "seconds": float(rows[-1]["seconds"]) if rows else 0.0}
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
-        return {"rows": [], "sums": {}, "seconds": 0.0}
+        rows: list[dict[str, Any]] = [row for row in history_rows(path) if int(row["step"]) <= steps]
+    except UserError:
+        rows = []
+    return {"rows": rows, "sums": {}, "seconds": float(rows[-1]["seconds"]) if rows else 0.0}
+
+
+def history_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a history.csv, oldest first; an empty cell is a term that did not count then.
+
+    Raises:
+        UserError: it cannot be read, a column is missing, or a cell holds no number.
+    """
+    columns, rows = read_table(path, "history of a run")
+    first = ("step", "lr", "seconds")
+    lacking = [name for name in first if name not in columns]
+    if lacking:
+        raise UserError(f"{path}: column '{lacking[0]}' is missing; restore the file or delete it.")
+    for number, row in enumerate(rows, start=2):
+        for name, text in row.items():
+            if not _is_number(text, whole=name == "step") and (text or name in first):
+                value = f"{name} is {shown(text)}, no number"
+                raise UserError(f"{path}, line {number}: {value}; restore the file or delete it.")
+    return rows
+
+
+def _is_number(text: str, whole: bool) -> bool:
+    """Whether a cell holds a step, or a float; the loss of a run that failed may be NaN."""
+    with suppress(ValueError):
+        return int(text) >= 0 if whole else isinstance(float(text), float)
+    return False

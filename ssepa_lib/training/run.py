@@ -5,6 +5,7 @@ before as well, as `state.previous.pt`), at the end `weights.safetensors`, and w
 `metrics.json`.
 """
 
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -19,12 +20,14 @@ from safetensors.torch import load_file
 from ssepa_lib.compose import load_recipe, save_recipe
 from ssepa_lib.device import launched, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import FolderLock, read_json, remove_parts, write_atomically, write_json
+from ssepa_lib.fields import shown
+from ssepa_lib.files import FolderLock, remove_parts, write_atomically, write_json
 from ssepa_lib.model.network import Network
+from ssepa_lib.readers import parse_json, read_json
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.checkpoint import fingerprint, read_newest, write_checkpoint, write_weights
 
-METRICS_FORMAT = 2
+METRICS_FORMAT = 3  # from 3 on, every result carries the checksum of its numbers
 
 
 @lru_cache(maxsize=256)
@@ -72,7 +75,7 @@ class RunFolder:
         try:
             with safe_open(self.weights, "pt") as file:
                 return file.metadata() or {}
-        except SafetensorError:
+        except (SafetensorError, OSError):
             return None
 
     def fingerprint(self) -> str | None:
@@ -86,7 +89,7 @@ class RunFolder:
         """Whether the folder holds the final weights of this recipe, under today's field names or older
         ones."""
         info = self.weights_info()
-        if not info or int(info.get("step", -1)) != recipe.train.steps or not self.recipe_file.is_file():
+        if not info or info.get("step") != str(recipe.train.steps) or not self.recipe_file.is_file():
             return False
         return self.recipe().hash() == recipe.hash()
 
@@ -96,7 +99,8 @@ class RunFolder:
         Raises:
             UserError: it holds one.
         """
-        if self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
+        begun = any(file.exists() for file in (self.state, self.weights, self.history, self.metrics))
+        if begun and self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
             raise UserError(
                 f"{self.path} holds a run of another recipe; choose another run name or remove it."
             )
@@ -163,13 +167,15 @@ class RunFolder:
             )
         recipe = self.recipe()
         try:
-            with safe_open(self.weights, "pt") as file:
-                metadata = file.metadata()
-            blank = replace(recipe, model=replace(recipe.model, weights="none"))
-            network = Network(blank, json.loads(metadata["classes"]))
+            metadata, classes = self._metadata()
             state = load_file(self.weights)
+            for name, tensor in state.items():
+                if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} holds {tensor.dtype} or values that are not finite")
+            blank = replace(recipe, model=replace(recipe.model, weights="none"))
+            network = Network(blank, classes)
             network.load_state_dict(state)
-        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.weights} does not fit {self.recipe_file} ({reason}); train the run again."
@@ -181,31 +187,62 @@ class RunFolder:
             )
         return network.to(resolve_device(device)).eval(), recipe
 
+    def _metadata(self) -> tuple[dict[str, str], list[str]]:
+        """The metadata of the weights, and the class names in it.
+
+        Raises:
+            ValueError: there are none, or something else than names.
+        """
+        with safe_open(self.weights, "pt") as file:
+            metadata = file.metadata() or {}
+        classes: Any = None
+        with suppress(ValueError):
+            classes = parse_json(metadata.get("classes", ""))
+        whole = isinstance(classes, list) and all(
+            isinstance(name, str) and name.strip() and name.isprintable() for name in classes
+        )
+        if not whole or not 0 < len(set(classes)) == len(classes) < 255:
+            raise ValueError("its class names are missing or not a list of names in JSON")
+        return metadata, classes
+
     def read_metrics(self) -> dict[str, dict]:
         """What was measured, split → result of `evaluation.evaluate`; empty where there is nothing.
 
         Raises:
             UserError: the file is not JSON, has another layout, or was written by a newer version.
         """
-        if not self.metrics.is_file():
+        if not self.metrics.exists():
             return {}
         content = read_json(self.metrics, "metrics file")
         remedy = "delete it and evaluate the run again"
         if not isinstance(content, dict):
             raise UserError(f"{self.metrics} is no metrics file; {remedy}.")
         version = content.pop("format", 1)
-        if not isinstance(version, int) or version > METRICS_FORMAT:
+        if not isinstance(version, int) or not 1 <= version <= METRICS_FORMAT:
             raise UserError(
-                f"{self.metrics} was written by a newer version (format {version}); update this copy."
+                f"{self.metrics} was written by a newer version (format {shown(version)}); update this copy."
             )
         for split, result in content.items():
             if not isinstance(result, dict) or not isinstance(result.get("setting"), dict):
                 raise UserError(f"{self.metrics}: 'setting' of {split} is missing; {remedy}.")
+            stated = result.pop("checksum", None)
+            if (stated is not None or version >= 3) and stated != _checksum(result):
+                raise UserError(
+                    f"{self.metrics}: the result {split} has been changed since it was measured; {remedy}."
+                )
         return content
 
     def write_metrics(self, split: str, result: dict) -> None:
         """Store the result of one split; other splits stay, and a crash leaves the old file."""
-        write_json(self.metrics, {"format": METRICS_FORMAT} | self.read_metrics() | {split: result})
+        results = self.read_metrics() | {split: result}
+        signed = {name: each | {"checksum": _checksum(each)} for name, each in results.items()}
+        write_json(self.metrics, {"format": METRICS_FORMAT} | signed)
+
+
+def _checksum(result: dict) -> str:
+    """16 hex digits over everything that a result says."""
+    text = json.dumps(json.loads(json.dumps(result)), sort_keys=True)  # as it is read from a file
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find_finished(recipe: Recipe, folder: Path) -> Path:

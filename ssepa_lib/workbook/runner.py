@@ -18,7 +18,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.files import FolderLock
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root, variables_set
 from ssepa_lib.training.run import RunFolder
-from ssepa_lib.workbook.notebooks import Notebook, check_parameters, discover, select
+from ssepa_lib.workbook.notebooks import Notebook, check_parameters, discover, forget_places, select
 from ssepa_lib.workbook.plan import LONG, confirm, describe, notebook_jobs, plan
 from ssepa_lib.workbook.progress import PROGRESS, Display, clock
 from ssepa_lib.workbook.report import UNFINISHED, headline, write_report
@@ -68,6 +68,7 @@ def _execute(notebook: Notebook, folder: Path, values: Mapping[str, Any], engine
     from papermill.exceptions import PapermillExecutionError
 
     copy = folder / f"{notebook.name}{UNFINISHED}.ipynb"
+    failure = None
     try:
         papermill.execute_notebook(
             notebook.path,
@@ -83,11 +84,13 @@ def _execute(notebook: Notebook, folder: Path, values: Mapping[str, Any], engine
         number = error.exec_count - bool(values)  # papermill puts a cell of its own before the others
         line = next(iter(error.source.splitlines()), "")
         message = " ".join(str(error.evalue).split())
-        return f"{notebook.name}, cell In [{number}] `{line}`: {error.ename}: {message}"
+        failure = f"{notebook.name}, cell In [{number}] `{line}`: {error.ename}: {message}"
     except Exception as error:  # a kernel that dies or does not start must not hide the notebooks before it
-        return f"{notebook.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    copy.replace(folder / notebook.path.name)
-    return None
+        failure = f"{notebook.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    forget_places(copy, results_root())
+    if failure is None:
+        copy.replace(folder / notebook.path.name)
+    return failure
 
 
 def _run_all(
