@@ -23,6 +23,10 @@ _MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 class UserError(Exception):
     """Bad input: one sentence that names the file or setting and the remedy; the command line ends with 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the sentence, without the stack trace (a hook of IPython)."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def require_index(name: str, value: int, size: int) -> None:
     """Refuse an index outside 0..size-1.
