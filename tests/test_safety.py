@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssepa_lib.data.datasets import FileDataset
 from ssepa_lib.data.download import _StayEncrypted
 from ssepa_lib.data.voc import SBD, VOC
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation import export_pseudo_labels
 from ssepa_lib.files import require_place, write_csv
 from ssepa_lib.paths import PROJECT, plain_name
 from ssepa_lib.readers import parse_json, parse_yaml, read_lines, read_table
@@ -145,6 +147,12 @@ def test_places_for_results_are_checked_beforehand(tmp_path):
     require_place(tmp_path / "new" / "folder")
     require_place(tmp_path / "file", folder=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_an_export_does_not_replace_the_masks_of_its_dataset(tmp_path):
+    dataset = FileDataset("train", ["moth"], [tmp_path / "a.jpg"], [tmp_path / "masks" / "a.png"])
+    with pytest.raises(UserError, match="holds the masks"):
+        export_pseudo_labels(None, None, dataset, tmp_path / "masks", device="cpu")
 
 
 def test_readers_say_what_is_wrong(tmp_path):
