@@ -2,6 +2,7 @@
 
 import ast
 import json
+import socket
 import urllib.request
 from pathlib import Path
 
@@ -109,9 +110,11 @@ def test_a_notebook_parameter_is_a_literal(text):
     assert found == values
 
 
-def test_an_executed_notebook_forgets_the_machine(tmp_path):
+def test_an_executed_notebook_forgets_the_machine(tmp_path, monkeypatch):
     results = tmp_path / "results"
+    monkeypatch.setenv("VOC_ROOT", str(tmp_path / "voc"))
     said = [f"{results}/shapes/x", f"{PROJECT}/ssepa_lib/a.py", f"{Path.home()}/.cache", "results stay"]
+    said += [f"{tmp_path}/voc/JPEGImages", f"held by 7 on {socket.gethostname()} since noon"]
     copy = tmp_path / "00.ipynb"
     papermill = {"input_path": str(PROJECT), "output_path": str(copy), "parameters": {"seed": 1}}
     cells = [{"cell_type": "code", "outputs": [{"text": said}], "source": "x"}]
@@ -123,6 +126,8 @@ def test_an_executed_notebook_forgets_the_machine(tmp_path):
         "./ssepa_lib/a.py",
         "~/.cache",
         "results stay",
+        "VOC_ROOT/JPEGImages",
+        "held by 7 on <host> since noon",
     ]
     assert content["metadata"]["papermill"] == {"parameters": {"seed": 1}}
     copy.write_text("{")
