@@ -18,7 +18,7 @@ from ssepa_lib.evaluation import export_pseudo_labels
 from ssepa_lib.files import require_place, write_csv
 from ssepa_lib.paths import PROJECT, plain_name
 from ssepa_lib.readers import parse_json, parse_yaml, read_lines, read_table
-from ssepa_lib.workbook.notebooks import forget_places
+from ssepa_lib.workbook.notebooks import discover, forget_places
 from ssepa_lib.workbook.report import headline, write_report
 from ssepa_lib.workbook.report_page import markdown, without_html
 
@@ -133,6 +133,34 @@ def test_an_executed_notebook_forgets_the_machine(tmp_path, monkeypatch):
     copy.write_text("{")
     forget_places(copy, results)
     assert copy.read_text() == "{"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "5",
+        "\0",
+        "[" * 100_000,
+        '{"cells": 5, "nbformat": 4, "metadata": {}}',
+        "= =",
+        "a = b",
+    ],
+)
+def test_a_broken_notebook_is_named(tmp_path, content):
+    """A file that is no notebook, or one whose parameters cell is not Python or no literal."""
+    path = tmp_path / "00_mine.ipynb"
+    if content in ("= =", "a = b"):
+        cell = {"cell_type": "code", "source": content, "metadata": {"tags": ["parameters"]}, "outputs": []}
+        cells = [cell | {"execution_count": None, "id": "a"}]
+        content = json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"00_mine\.ipynb") as error:
+        discover(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
