@@ -18,6 +18,7 @@ from ssepa_lib.evaluation import export_pseudo_labels
 from ssepa_lib.files import require_place, write_csv
 from ssepa_lib.paths import PROJECT, plain_name
 from ssepa_lib.readers import parse_json, parse_yaml, read_lines, read_table
+from ssepa_lib.training.history import history_rows, read_history
 from ssepa_lib.workbook.notebooks import discover, forget_places
 from ssepa_lib.workbook.report import headline, write_report
 from ssepa_lib.workbook.report_page import markdown, without_html
@@ -133,6 +134,30 @@ def test_an_executed_notebook_forgets_the_machine(tmp_path, monkeypatch):
     copy.write_text("{")
     forget_places(copy, results)
     assert copy.read_text() == "{"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\0",
+        "step,lr\n1,2\n",
+        "step,lr,seconds\n1,2\n",
+        "step,lr,seconds\nmany,1,1\n",
+        "step,lr,seconds\n-1,1,1\n",
+        "step,lr,seconds,loss\n1,1,,2\n",
+        "step,lr,seconds,loss\n1,1,1,high\n",
+        "step,lr,seconds,seconds\n1,1,1,1\n",
+    ],
+)
+def test_a_broken_history_is_named(tmp_path, text):
+    path = tmp_path / "history.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"history\.csv"):
+        history_rows(path)
+    assert read_history(path, 5)["rows"] == []
+    path.write_text("step,lr,seconds,loss,ctc\n1,0.1,2,nan,\n")
+    assert history_rows(path) == [{"step": "1", "lr": "0.1", "seconds": "2", "loss": "nan", "ctc": ""}]
 
 
 @pytest.mark.parametrize(
