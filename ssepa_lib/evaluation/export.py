@@ -174,7 +174,7 @@ def export_pseudo_labels(
         UserError: an unknown test-time mode; an image without labels.
     """
     out = Path(out)
-    for path in filter(None, getattr(dataset, "masks", ())):
+    for path in filter(None, dataset.masks if isinstance(dataset, FileDataset) else ()):
         if path.parent.resolve() == out.resolve():
             raise UserError(
                 f"{out} holds the masks of {dataset.name}; choose another folder, so that they stay."
