@@ -140,7 +140,7 @@ def thresholds(
     if mask is not None:
         ids = data.mask_ids(mask, pixels)
         arrays["mask"] = data.reduced(data.object_ids(ids) if count == 1 else ids)
-    spec = {"size": size, "image": data.picture(pixels), "kinds": kinds[: len(maps)], "classes": names}
+    spec = {"size": size, "image": data.picture(pixels), "kinds": list(kinds[: len(maps)]), "classes": names}
     return Explorer("thresholds", "From map to labels", arrays, spec, thresholds=[0.7, 0.25])
 
 
