@@ -99,6 +99,13 @@ def test_notebook_cells_are_short_and_define_nothing(path):
         assert not kinds & {ast.ClassDef, ast.FunctionDef}, "definitions belong in the library"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_saved_figure_prints_no_path(path):
+    for cell in cells(path):
+        last = cell.source.splitlines()[-1] if cell.source else ""
+        assert not last.startswith("figures.save_figure(") or last.endswith(";"), f"a semicolon after {last}"
+
+
 def test_every_parameter_is_explained_and_used():
     for path in FILES:
         code = [cell.source for cell in cells(path) if cell.cell_type == "code"]
