@@ -6,6 +6,10 @@ import difflib
 class UserError(Exception):
     """Bad input: one sentence that names the file or setting and the remedy; the command line ends with 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows in the place of a stack trace: the sentence."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def require_index(name: str, value: int, size: int) -> None:
     """Refuse an index outside 0..size-1.

@@ -5,7 +5,7 @@ also knows where its files lie and how to get and check them. Naming the class r
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
@@ -190,6 +190,26 @@ class FileDataset(SegmentationDataset):
     def read_label(self, i: int) -> Tensor:
         """The label of image i from its file, float [C]."""
         raise NotImplementedError
+
+
+class Subset(SegmentationDataset):
+    """Some images of another dataset, in the order of `indices`."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
+        super().__init__(dataset.split, dataset.classes, [dataset.ids[i] for i in indices])
+        self.dataset, self.indices = dataset, list(indices)
+
+    def image(self, i: int) -> Image.Image:
+        return self.dataset.image(self.indices[i])
+
+    def mask(self, i: int) -> Tensor | None:
+        return self.dataset.mask(self.indices[i])
+
+    def label(self, i: int) -> Tensor:
+        return self.dataset.label(self.indices[i])
+
+    def parts(self, i: int) -> Tensor | None:
+        return self.dataset.parts(self.indices[i])
 
 
 def stems(folder: Path, suffix: str) -> set[str]:
