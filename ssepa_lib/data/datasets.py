@@ -197,7 +197,7 @@ class Subset(SegmentationDataset):
 
     def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
         super().__init__(dataset.split, dataset.classes, [dataset.ids[i] for i in indices])
-        self.dataset, self.indices = dataset, list(indices)
+        self.name, self.dataset, self.indices = dataset.name, dataset, list(indices)
 
     def image(self, i: int) -> Image.Image:
         return self.dataset.image(self.indices[i])

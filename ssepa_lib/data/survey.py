@@ -125,7 +125,7 @@ def survey(root: Path | str, limit: int = 0) -> Survey:
         try:
             found.photos.append(_look(name, path, *labels[name]))
         except UNREADABLE as error:
-            found.broken[name] = _reason(error)
+            found.broken[name] = reason(error)
     listed = {_plain(name).casefold() for name in (*labels, *found.unnamed)}
     inside = {path: key for key, path in files.items()}
     found.unlisted = sorted(key for key in inside.values() if key.casefold() not in listed)
@@ -262,7 +262,8 @@ def _look(name: str, path: Path, classes: tuple[str, ...], split: str) -> Photo:
     return Photo(name, path, classes, split, size, turn > 1, converted, digest)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why an image cannot be used, in a few words."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
     if isinstance(error, Image.UnidentifiedImageError):

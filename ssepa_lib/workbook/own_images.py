@@ -1,0 +1,303 @@
+"""Your own images in a notebook: an example folder, what a folder is good for, a run on it, an uploaded image."""
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from ipywidgets import HTML, FileUpload, VBox
+from PIL import ExifTags, Image, ImageOps
+
+from ssepa_lib.compose import load_recipe
+from ssepa_lib.data.images import UNREADABLE, as_rgb, write_mask
+from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
+from ssepa_lib.data.survey import SMALLEST, Survey, reason
+from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.export import save_image
+from ssepa_lib.files import write_atomically, write_csv
+from ssepa_lib.model import Network
+from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.run import RunFolder
+from ssepa_lib.training.trainer import OnStep, train
+from ssepa_lib.workbook.data_study import inseparable
+from ssepa_lib.workbook.explorer_host import display_both
+from ssepa_lib.workbook.plan import duration, seconds_on, step_cost
+
+EXAMPLE = {"ringlet": "porthole", "crosslet": "signpost"}  # built-in class → its name in the example
+
+
+def example_folder(out: Path | str, count: int = 80) -> Path:
+    """A folder as somebody might bring it, made of built-in scenes of two classes under new names.
+
+    Masks lie beside the images. One image is turned by its EXIF tag, one is a CMYK image, and the table
+    names a file that is not there, so that a check has something to find.
+
+    Returns:
+        `<out>/example`; a complete one is used again.
+    """
+    folder = Path(out) / "example"
+    if (folder / "labels.csv").is_file():
+        return folder
+    kinds, rows, index = [SHAPE_CLASSES.index(name) + 1 for name in EXAMPLE], [], 0
+    while len(rows) < count:
+        index += 1
+        shown = set(scene_facts("test", index).classes)
+        if not shown <= set(EXAMPLE):
+            continue
+        pixels, mask = render_scene("test", index)
+        name = f"photo {len(rows) + 1:02d}"
+        image, options = Image.fromarray(pixels), {"format": "JPEG", "quality": 92}
+        if len(rows) == 1:
+            image = image.transpose(Image.Transpose.ROTATE_90)
+            tag = Image.Exif()
+            tag[ExifTags.Base.Orientation] = 6  # to be turned back by 90°
+            options["exif"] = tag
+        elif len(rows) == 2:
+            image = image.convert("CMYK")
+        write_atomically(folder / "images" / f"{name}.jpg", lambda part: image.save(part, **options))
+        write_mask(folder / "masks" / f"{name}.png", np.searchsorted([0, *kinds], mask))
+        rows.append([f"{name}.jpg", ";".join(sorted(EXAMPLE[kind] for kind in shown))])
+    rows.append([f"photo {count + 1:02d}.jpg", "signpost"])
+    write_csv(folder / "labels.csv", ["image", "classes"], rows)
+    return folder
+
+
+def check_table(found: Survey, side: int = 0) -> pd.DataFrame:
+    """What a folder is good for, one row per question: `what`, `found`, `verdict` and `advice`.
+
+    The verdict is go (nothing to do), fix (it works without, but some images are left out or little can be
+    learnt) or stop (nothing can be learnt).
+
+    Args:
+        side: of the training crop in pixels, with which sizes are compared; 0: they are not.
+    """
+    rows = [*_file_rows(found), *_class_rows(found), *_image_rows(found, side)]
+    return pd.DataFrame(rows, columns=["what", "found", "verdict", "advice"])
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """The worst verdict of a check table."""
+    return max(table["verdict"], key=("go", "fix", "stop").index)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    """How many, and the first of them by name."""
+    if not names:
+        return "none"
+    more = "" if len(names) <= limit else ", …"
+    return f"{len(names)}: {', '.join(names[:limit])}{more}"
+
+
+def _row(what: str, names: Sequence[str], advice: str) -> tuple[str, str, str, str]:
+    """A row that asks for something wherever there are names."""
+    return (what, _some(names), "fix", advice) if names else (what, "none", "go", "")
+
+
+def _file_rows(found: Survey) -> list[tuple[str, str, str, str]]:
+    usable, name = len(found.photos), found.table.name if found.table else "names of the folders"
+    counted = f"{usable} of {found.rows} rows ({name})"
+    broken = [f"{image} ({reason})" for image, reason in found.broken.items()]
+    good = ("usable images", counted, "go", "")
+    none = ("usable images", counted, "stop", "see the rows below; nothing can be learnt from no image")
+    return [
+        good if usable else none,
+        _row("rows without a file", found.missing, "correct the name, or delete the row"),
+        _row("files without a row", found.unlisted, "add a row for each; until then they are left out"),
+        _row("rows without a class", found.unnamed, "name the classes, or 'background' for none"),
+        _row("listed twice", found.twice, "keep one row; here their classes are joined"),
+        _row("unreadable or unusable", broken, "replace the file, or delete the row"),
+    ]
+
+
+def _class_rows(found: Survey) -> list[tuple[str, str, str, str]]:
+    labels = _labels(found)
+    each = labels.sum(0).int().tolist() if len(labels) else [0] * len(found.classes)
+    counts = dict(zip(found.classes, each, strict=True))
+    if not any(each):
+        return [("images per class", "no class is named", "stop", "write the classes of each image")]
+    fewest = min(counts, key=counts.get)
+    shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:6])
+    shown += ", …" if len(counts) > 6 else ""
+    few = "" if counts[fewest] >= 20 else f"add images of {fewest}; below about 20 expect little"
+    always = [name for name, count in counts.items() if count == len(labels)]
+    pairs = [f"{first} never without {second}" for first, second in inseparable(labels, found.classes)]
+    mean, most = float(labels.sum(1).mean()), int(labels.sum(1).max())
+    return [
+        ("images per class", shown, "fix" if few else "go", few),
+        ("classes per image", f"{mean:.1f} on average, at most {most}", "go", ""),
+        _row("classes in every image", always, "add images without it ('background', or another class)"),
+        _row("classes that never separate", pairs, "add images with one of the two alone"),
+    ]
+
+
+def _labels(found: Survey) -> torch.Tensor:
+    """Multi-hot labels of the usable images, [n, C]."""
+    rows = [[float(name in photo.classes) for name in found.classes] for photo in found.photos]
+    return torch.tensor(rows).view(len(rows), len(found.classes))
+
+
+def _image_rows(found: Survey, side: int) -> list[tuple[str, str, str, str]]:
+    sizes = [photo.size for photo in found.photos]
+    small = [photo.name for photo in found.photos if min(photo.size) < side / 2]
+    long = [photo.name for photo in found.photos if max(photo.size) > 3 * min(photo.size)]
+    ends = (min(map(min, sizes)), max(map(max, sizes))) if sizes else (0, 0)
+    turned = sum(photo.turned for photo in found.photos)
+    converted = sum(photo.converted for photo in found.photos)
+    copies = [" = ".join(names) for names in found.copies]
+    bad = [f"{name} ({reason.split(': ', 1)[-1]})" for name, reason in found.bad_masks.items()]
+    without = "" if found.masks else "nothing can be measured; sections 1 to 4 do without"
+    return [
+        ("sides, pixels", f"{ends[0]} to {ends[1]}", "go", ""),
+        _row(
+            f"smaller than half of {side} pixels",
+            small,
+            "they are enlarged and blurred; a smaller crop helps",
+        ),
+        _row(
+            "longer than three times their width", long, "they are squeezed to a square; cut them into pieces"
+        ),
+        ("turned by EXIF", str(turned or "none"), "go", "turned upright by themselves" if turned else ""),
+        ("other modes or animated", str(converted or "none"), "go", "converted" if converted else ""),
+        _row("the same image twice", copies, "keep one of each, above all across a split"),
+        ("masks", f"{len(found.masks)} of {len(found.photos)} images", "go", without),
+        _row("masks that do not fit", bad, "they are left out; ids 0 to C, 255 ignored, size of the image"),
+    ]
+
+
+def own_recipe(preset: str, method: str, folder: Path, **options: Any) -> Recipe:
+    """The recipe of a method with the network and the sizes of a preset, on a folder of `adopt`.
+
+    Args:
+        options: `steps`, `seed`, `device`, `frozen` (the backbone stays as it is; its features are computed
+            once) and `changes` (further recipe settings).
+    """
+    settings = {"data.name": "folder", "data.root": str(folder), "data.train_images": 0, "data.val_images": 0}
+    settings |= {"data.train_split": "train", "data.val_split": "val", "data.measured_train": ""}
+    settings |= {"train.steps": options["steps"], "train.seed": options.get("seed", 0)}
+    settings |= {"train.device": options.get("device", "auto"), "train.save_every": options["steps"]}
+    if options.get("frozen"):
+        settings["model.freeze"] = True
+    return load_recipe(f"{preset}/{method}", settings | dict(options.get("changes") or {}))
+
+
+def train_on(recipe: Recipe, out: Path, on_step: OnStep | None = None) -> tuple[Network, Recipe, bool]:
+    """Train the recipe of `own_recipe`, or take the run that is there.
+
+    Returns:
+        The network in evaluation mode, its recipe, and whether it had been trained before.
+    """
+    run = RunFolder(out / f"{Path(recipe.data.root).name}-{recipe.hash()}")  # the images are part of the name
+    known = run.is_finished(recipe)
+    train(recipe, run.path, on_step=on_step)
+    network, recipe = run.load(recipe.train.device)
+    return network, recipe, known
+
+
+CHOICES = {
+    "a first try": ("shapes", 60, {}),
+    "small, on a CPU": ("voc_mini", 500, {}),
+    "small, longer": ("folder", 2000, {}),
+    "as published": ("voc", 20000, {}),
+}  # what to set → preset, steps, further settings
+
+
+def decision_table(images: int, method: str, frozen: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """What can be set, from the fastest to the best: backbone, crop, batch, steps, and how long it takes.
+
+    Times are estimates by formula (`plan.seconds_on`): they tell minutes from days.
+
+    Args:
+        images: of the folder; with the steps and the batch they give how often each is seen.
+        frozen: settings of a row with a frozen backbone; None: no such row.
+    """
+    choices = dict(CHOICES)
+    if frozen:
+        choices = {"a first try": choices.pop("a first try"), "frozen": ("voc_mini", 500, frozen)} | choices
+    rows = []
+    for name, (preset, steps, changes) in choices.items():
+        recipe = load_recipe(f"{preset}/{method}", {"train.steps": steps, **changes})
+        cost = step_cost(recipe)
+        rows.append(
+            {
+                "setting": name,
+                "preset": preset,
+                "backbone": recipe.model.backbone.split(".")[0],
+                "parameters": f"{cost.parameters / 1e6:.1f} M",
+                "crop": recipe.data.crop,
+                "batch": recipe.data.batch,
+                "steps": steps,
+                "epochs": f"{steps * recipe.data.batch / max(1, images):.0f}",
+                "this CPU": duration(steps * seconds_on(recipe, cost, "cpu")),
+                "a GPU": duration(steps * seconds_on(recipe, cost, "gpu")),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+BYTES = 20_000_000  # of an uploaded file
+UPLOADED = 1024  # pixels of its longer side that are kept
+
+
+def read_upload(name: str, content: bytes) -> tuple[str, Image.Image]:
+    """An uploaded file as a safe name without suffix and an upright RGB image of at most 1024 pixels a side.
+
+    Raises:
+        UserError: it is too large, no image, damaged, or smaller than 32 pixels.
+    """
+    stem = re.sub(r"[^\w-]+", "_", Path(name.replace("\\", "/")).stem).strip("_")[:60] or "upload"
+    if len(content) > BYTES:
+        raise UserError(
+            f"{stem}: {len(content) / 1e6:.0f} MB are too large; upload at most {BYTES / 1e6:.0f} MB."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            file = Image.open(io.BytesIO(bytes(content)))
+        with file:
+            file.draft(None, (UPLOADED, UPLOADED))
+            image = as_rgb(ImageOps.exif_transpose(file))
+    except UNREADABLE as error:
+        raise UserError(
+            f"{stem}: this is no image that can be read ({reason(error)}); upload another."
+        ) from error
+    if min(image.size) < SMALLEST:
+        raise UserError(
+            f"{stem}: {image.width}×{image.height} pixels are too few; each side needs {SMALLEST}."
+        )
+    image.thumbnail((UPLOADED, UPLOADED), Image.Resampling.LANCZOS)
+    return stem, image
+
+
+class Upload(VBox):
+    """A button that takes an image from the reader's computer; `image` is the last good one, or None.
+
+    Every image is saved as `<folder>/<safe name>.png`. What cannot be read is said in one sentence below the
+    button, and changes nothing.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder, self.image, self.name = Path(folder), None, ""
+        self.button, self.said = FileUpload(accept="image/*", multiple=False), HTML()
+        self.button.observe(self._take, "value")
+        super().__init__([self.button, self.said])
+
+    def _take(self, change: Mapping[str, Any]) -> None:
+        for file in change["new"]:
+            try:
+                self.name, self.image = read_upload(file["name"], file["content"])
+                save_image(self.image, self.folder / f"{self.name}.png")
+                said = (
+                    f"{self.name}: {self.image.width}×{self.image.height} pixels. Run the next cells again."
+                )
+            except (UserError, OSError) as error:
+                said = str(error)
+            self.said.value = html.escape(said)
+
+    def _ipython_display_(self) -> None:
+        display_both(self, "<p>An upload button appears here in a running notebook.</p>")
