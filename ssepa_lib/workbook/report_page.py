@@ -16,7 +16,8 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{ti
 """
 _CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- block any_cell -%}
-{%- if 'solution' in cell.metadata.get('tags', []) -%}
+{%- if 'colab' in cell.metadata.get('tags', []) -%}
+{%- elif 'solution' in cell.metadata.get('tags', []) -%}
 <details><summary>Solution</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock any_cell -%}"""
