@@ -55,7 +55,7 @@ def kappa(matrix: Tensor) -> float:
     return float((observed - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
-def _views(
+def each_view(
     network: Network,
     recipe: Recipe,
     dataset: SegmentationDataset,
@@ -106,7 +106,7 @@ def judge(
     """
     par, rows = PseudoLabeler(recipe.cam).par.to(network.classifier.weight.device), []
     columns = ["index", "class", *(["flip", "scale"] if views else []), "median", "area", "PAR"]
-    for index, image, label, found in _views(network, recipe, dataset, refiner, smaller=views):
+    for index, image, label, found in each_view(network, recipe, dataset, refiner, smaller=views):
         kinds = label.nonzero().flatten()
         if not len(kinds):
             continue
@@ -136,7 +136,7 @@ def flip_agreement(
     """
     device = network.classifier.weight.device
     counts = {t: Confusion(dataset.classes, device) for t in thresholds}
-    for _, image, label, found in _views(network, recipe, dataset, refiner):
+    for _, image, label, found in each_view(network, recipe, dataset, refiner):
         kinds, size = label.nonzero().flatten(), image.shape[-2:]
         (one, first), (two, second) = (top_class(view[kinds], kinds, size) for view in found)
         for t, count in counts.items():

@@ -146,6 +146,7 @@ def export_pseudo_labels(
     *,
     device: torch.device | str,
     test_time: str = "ms",
+    overlays: bool = False,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -157,6 +158,7 @@ def export_pseudo_labels(
     Args:
         test_time: `single` (scale 1, no flip), `ms` (`cam.scales`, `cam.flip`), both with pixel-adaptive
             refinement, or `ms_crf` (as `ms`, with the dense CRF instead).
+        overlays: also write `<id>_overlay.jpg`, to look at.
         processes, progress: see `evaluate`.
 
     Raises:
@@ -166,8 +168,11 @@ def export_pseudo_labels(
     options = {"device": device, "outputs": ("pseudo_label",), "test_time": (test_time,)}
     predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
     checked = (_require_label(prediction, dataset) for prediction in predictions)
-    for id, _, ids in label_maps(checked, "pseudo_label", test_time, processes):
+    for id, image, ids in label_maps(checked, "pseudo_label", test_time, processes):
         save_image(palette_image(ids, dataset.palette), out / f"{id}.png")
+        if overlays:
+            drawn = overlay_image(image, ids, dataset.classes, dataset.palette)
+            save_image(drawn, out / f"{id}_overlay.jpg")
     return out
 
 

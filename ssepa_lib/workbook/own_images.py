@@ -1,10 +1,11 @@
-"""Your own images in a notebook: an example folder, what a folder is good for, a run on it, an uploaded image."""
+"""Your own images in a notebook: an example, what a folder is good for, a run on it, an uploaded image."""
 
 import html
 import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,23 @@ def example_folder(out: Path | str, count: int = 80) -> Path:
             continue
         pixels, mask = render_scene("test", index)
         name = f"photo {len(rows) + 1:02d}"
-        image, options = Image.fromarray(pixels), {"format": "JPEG", "quality": 92}
-        if len(rows) == 1:
-            image = image.transpose(Image.Transpose.ROTATE_90)
-            tag = Image.Exif()
-            tag[ExifTags.Base.Orientation] = 6  # to be turned back by 90°
-            options["exif"] = tag
-        elif len(rows) == 2:
-            image = image.convert("CMYK")
-        write_atomically(folder / "images" / f"{name}.jpg", lambda part: image.save(part, **options))
+        content = _photo(Image.fromarray(pixels), turned=len(rows) == 1, printed=len(rows) == 2)
+        write_atomically(folder / "images" / f"{name}.jpg", partial(Path.write_bytes, data=content))
         write_mask(folder / "masks" / f"{name}.png", np.searchsorted([0, *kinds], mask))
         rows.append([f"{name}.jpg", ";".join(sorted(EXAMPLE[kind] for kind in shown))])
     rows.append([f"photo {count + 1:02d}.jpg", "signpost"])
     write_csv(folder / "labels.csv", ["image", "classes"], rows)
     return folder
+
+
+def _photo(image: Image.Image, turned: bool, printed: bool) -> bytes:
+    """A JPEG file; `turned` lies on its side and says so in its EXIF tag, `printed` is in CMYK."""
+    tag, file = Image.Exif(), io.BytesIO()
+    if turned:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+        tag[ExifTags.Base.Orientation] = 6  # to be turned by 90° clockwise
+    image.convert("CMYK" if printed else "RGB").save(file, "JPEG", quality=92, exif=tag)
+    return file.getvalue()
 
 
 def check_table(found: Survey, side: int = 0) -> pd.DataFrame:
@@ -186,17 +190,15 @@ def own_recipe(preset: str, method: str, folder: Path, **options: Any) -> Recipe
     return load_recipe(f"{preset}/{method}", settings | dict(options.get("changes") or {}))
 
 
-def train_on(recipe: Recipe, out: Path, on_step: OnStep | None = None) -> tuple[Network, Recipe, bool]:
+def train_on(recipe: Recipe, out: Path, on_step: OnStep | None = None) -> tuple[Network, Recipe, Path]:
     """Train the recipe of `own_recipe`, or take the run that is there.
 
     Returns:
-        The network in evaluation mode, its recipe, and whether it had been trained before.
+        The network in evaluation mode, its recipe, and the folder of the run.
     """
     run = RunFolder(out / f"{Path(recipe.data.root).name}-{recipe.hash()}")  # the images are part of the name
-    known = run.is_finished(recipe)
     train(recipe, run.path, on_step=on_step)
-    network, recipe = run.load(recipe.train.device)
-    return network, recipe, known
+    return *run.load(recipe.train.device), run.path
 
 
 CHOICES = {
