@@ -2,8 +2,6 @@
 
 import html
 import io
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,25 +10,36 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ipywidgets import HTML, FileUpload, VBox
-from PIL import ExifTags, Image, ImageOps
+from IPython.display import HTML
+from PIL import ExifTags, Image
+from torch import Tensor
 
 from ssepa_lib.compose import load_recipe
-from ssepa_lib.data.images import UNREADABLE, as_rgb, write_mask
+from ssepa_lib.data import SegmentationDataset, eval_batches
+from ssepa_lib.data.images import write_mask
 from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
-from ssepa_lib.data.survey import SMALLEST, Survey, reason
-from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.export import save_image
+from ssepa_lib.data.survey import Survey
+from ssepa_lib.evaluation.multiscale import cam_view
 from ssepa_lib.files import write_atomically, write_csv
+from ssepa_lib.labels import Refiner, multi_scale_cam
 from ssepa_lib.model import Network
+from ssepa_lib.model.network import evaluating
+from ssepa_lib.paths import folder_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder
 from ssepa_lib.training.trainer import OnStep, train
 from ssepa_lib.workbook.data_study import inseparable
-from ssepa_lib.workbook.explorer_host import display_both
 from ssepa_lib.workbook.plan import duration, seconds_on, step_cost
 
+VERDICTS = {"go": "#1b7837", "fix": "#b35806", "stop": "#c1272d"}  # from good to bad, with their colours
 EXAMPLE = {"ringlet": "porthole", "crosslet": "signpost"}  # built-in class → its name in the example
+
+
+def chosen_folder(folder: str, preset: str, out: Path) -> Path:
+    """The folder that is worked on: the given one, with the preset `folder` that of FOLDER_ROOT, or else an
+    example, which is written below `out`."""
+    given = folder or (folder_root() if preset == "folder" else "")
+    return Path(given).expanduser() if given else example_folder(out)
 
 
 def example_folder(out: Path | str, count: int = 80) -> Path:
@@ -87,7 +96,7 @@ def check_table(found: Survey, side: int = 0) -> pd.DataFrame:
 
 def verdict(table: pd.DataFrame) -> str:
     """The worst verdict of a check table."""
-    return max(table["verdict"], key=("go", "fix", "stop").index)
+    return max(table["verdict"], key=list(VERDICTS).index)
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:
@@ -174,6 +183,20 @@ def _image_rows(found: Survey, side: int) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def show(table: pd.DataFrame) -> HTML:
+    """A table with its whole text, escaped; a column `verdict` is coloured."""
+
+    def cell(kind: str, value: Any, column: str = "") -> str:
+        colour = f"; color: {VERDICTS[value]}; font-weight: bold" if column == "verdict" else ""
+        style = f"text-align: left; vertical-align: top{colour}"
+        return f'<{kind} style="{style}">{html.escape(str(value))}</{kind}>'
+
+    lines = ["".join(cell("th", name) for name in table)]
+    for row in table.itertuples(index=False):
+        lines.append("".join(cell("td", value, name) for name, value in zip(table, row, strict=True)))
+    return HTML(f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>")
+
+
 def own_recipe(preset: str, method: str, folder: Path, **options: Any) -> Recipe:
     """The recipe of a method with the network and the sizes of a preset, on a folder of `adopt`.
 
@@ -242,64 +265,61 @@ def decision_table(images: int, method: str, frozen: Mapping[str, Any] | None = 
     return pd.DataFrame(rows)
 
 
-BYTES = 20_000_000  # of an uploaded file
-UPLOADED = 1024  # pixels of its longer side that are kept
+@torch.no_grad()
+def class_scores(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> Tensor:
+    """The probability of every class in every image, [n, C] in 0..1, on the CPU."""
+    found, where = [], network.classifier.weight.device
+    with evaluating(network):
+        for _, pixels, _, _ in eval_batches(dataset, recipe.data.eval_size, recipe.eval.batch):
+            found.append(network(pixels.to(where), segment=False).scores.float().sigmoid().cpu())
+    return torch.cat(found)
 
 
-def read_upload(name: str, content: bytes) -> tuple[str, Image.Image]:
-    """An uploaded file as a safe name without suffix and an upright RGB image of at most 1024 pixels a side.
+def all_class_maps(network: Network, recipe: Recipe, images: Tensor, refiner: Refiner | None) -> Tensor:
+    """The maps of all classes, whatever the label, at scale 1: [n, C, H, W], each stretched to 0..1.
 
-    Raises:
-        UserError: it is too large, no image, damaged, or smaller than 32 pixels.
+    Args:
+        images: [n, 3, H, W], 0..255, on the network's device.
     """
-    stem = re.sub(r"[^\w-]+", "_", Path(name.replace("\\", "/")).stem).strip("_")[:60] or "upload"
-    if len(content) > BYTES:
-        raise UserError(
-            f"{stem}: {len(content) / 1e6:.0f} MB are too large; upload at most {BYTES / 1e6:.0f} MB."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = Image.open(io.BytesIO(bytes(content)))
-        with file:
-            file.draft(None, (UPLOADED, UPLOADED))
-            image = as_rgb(ImageOps.exif_transpose(file))
-    except UNREADABLE as error:
-        raise UserError(
-            f"{stem}: this is no image that can be read ({reason(error)}); upload another."
-        ) from error
-    if min(image.size) < SMALLEST:
-        raise UserError(
-            f"{stem}: {image.width}×{image.height} pixels are too few; each side needs {SMALLEST}."
-        )
-    image.thumbnail((UPLOADED, UPLOADED), Image.Resampling.LANCZOS)
-    return stem, image
+    labels, config = images.new_ones(len(images), len(network.classes)), cam_view(recipe.cam, "single")
+    return multi_scale_cam(network, images, labels, config, refiner).for_labels
 
 
-class Upload(VBox):
-    """A button that takes an image from the reader's computer; `image` is the last good one, or None.
+SYMPTOMS = (
+    (
+        "no class is recognised",
+        "mean average precision, %",
+        "precision",
+        "more steps; ImageNet weights; labels",
+    ),
+    ("maps show a part only", "share of the image above the threshold", "area", "the affinity; more steps"),
+    ("maps change when flipped", "flip agreement", "flip", "more steps; more images of that kind"),
+    (
+        "maps show the background",
+        "pairs of classes that never separate",
+        "stuck",
+        "images of one without the other",
+    ),
+    (
+        "maps are flat blobs",
+        "mean cosine of two tokens, last layer",
+        "alike",
+        "patch token contrast; fewer iterations",
+    ),
+    (
+        "everything is foreground",
+        "median of the maps (floor)",
+        "median",
+        "a higher threshold; cam.calibrate: otsu",
+    ),
+)  # symptom, number, its name in `checklist`, what to try
 
-    Every image is saved as `<folder>/<safe name>.png`. What cannot be read is said in one sentence below the
-    button, and changes nothing.
+
+def checklist(**values: float) -> pd.DataFrame:
+    """Symptoms of failure with the number to look at, its value here, and what to try.
+
+    Args:
+        values: the number of each symptom by its name in `SYMPTOMS`.
     """
-
-    def __init__(self, folder: Path | str):
-        self.folder, self.image, self.name = Path(folder), None, ""
-        self.button, self.said = FileUpload(accept="image/*", multiple=False), HTML()
-        self.button.observe(self._take, "value")
-        super().__init__([self.button, self.said])
-
-    def _take(self, change: Mapping[str, Any]) -> None:
-        for file in change["new"]:
-            try:
-                self.name, self.image = read_upload(file["name"], file["content"])
-                save_image(self.image, self.folder / f"{self.name}.png")
-                said = (
-                    f"{self.name}: {self.image.width}×{self.image.height} pixels. Run the next cells again."
-                )
-            except (UserError, OSError) as error:
-                said = str(error)
-            self.said.value = html.escape(said)
-
-    def _ipython_display_(self) -> None:
-        display_both(self, "<p>An upload button appears here in a running notebook.</p>")
+    rows = [(symptom, number, f"{values[name]:.3g}", remedy) for symptom, number, name, remedy in SYMPTOMS]
+    return pd.DataFrame(rows, columns=["symptom", "number to look at", "here", "what to try"])
