@@ -2,7 +2,7 @@
 
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ssepa_lib.files import write_atomically, write_csv
 from ssepa_lib.labels import Refiner, multi_scale_cam
 from ssepa_lib.model import Network
 from ssepa_lib.model.network import evaluating
-from ssepa_lib.paths import folder_root
+from ssepa_lib.paths import RECIPES, folder_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder
 from ssepa_lib.training.trainer import OnStep, train
@@ -201,15 +201,14 @@ def own_recipe(preset: str, method: str, folder: Path, **options: Any) -> Recipe
     """The recipe of a method with the network and the sizes of a preset, on a folder of `adopt`.
 
     Args:
-        options: `steps`, `seed`, `device`, `frozen` (the backbone stays as it is; its features are computed
-            once) and `changes` (further recipe settings).
+        options: `steps`, `seed`, `device`, `frozen` (the backbone stays as it is and its features are computed
+            once: `<method>+frozen`) and `changes` (further recipe settings).
     """
     settings = {"data.name": "folder", "data.root": str(folder), "data.train_images": 0, "data.val_images": 0}
     settings |= {"data.train_split": "train", "data.val_split": "val", "data.measured_train": ""}
     settings |= {"train.steps": options["steps"], "train.seed": options.get("seed", 0)}
     settings |= {"train.device": options.get("device", "auto"), "train.save_every": options["steps"]}
-    if options.get("frozen"):
-        settings["model.freeze"] = True
+    method += "+frozen" if options.get("frozen") else ""
     return load_recipe(f"{preset}/{method}", settings | dict(options.get("changes") or {}))
 
 
@@ -225,28 +224,27 @@ def train_on(recipe: Recipe, out: Path, on_step: OnStep | None = None) -> tuple[
 
 
 CHOICES = {
-    "a first try": ("shapes", 60, {}),
-    "small, on a CPU": ("voc_mini", 500, {}),
-    "small, longer": ("folder", 2000, {}),
-    "as published": ("voc", 20000, {}),
-}  # what to set → preset, steps, further settings
+    "a first try": ("shapes", 60, ""),
+    "frozen backbone": ("voc_mini", 500, "+frozen"),
+    "small, on a CPU": ("voc_mini", 500, ""),
+    "small, longer": ("folder", 2000, ""),
+    "as published": ("voc", 20000, ""),
+}  # what to set → preset, steps, what is added to the method
 
 
-def decision_table(images: int, method: str, frozen: Mapping[str, Any] | None = None) -> pd.DataFrame:
+def decision_table(images: int, method: str) -> pd.DataFrame:
     """What can be set, from the fastest to the best: backbone, crop, batch, steps, and how long it takes.
 
     Times are estimates by formula (`plan.seconds_on`): they tell minutes from days.
 
     Args:
         images: of the folder; with the steps and the batch they give how often each is seen.
-        frozen: settings of a row with a frozen backbone; None: no such row.
     """
-    choices = dict(CHOICES)
-    if frozen:
-        choices = {"a first try": choices.pop("a first try"), "frozen": ("voc_mini", 500, frozen)} | choices
     rows = []
-    for name, (preset, steps, changes) in choices.items():
-        recipe = load_recipe(f"{preset}/{method}", {"train.steps": steps, **changes})
+    for name, (preset, steps, more) in CHOICES.items():
+        if more and not (RECIPES / "method" / "frozen.yaml").is_file():
+            continue
+        recipe = load_recipe(f"{preset}/{method}{more}", {"train.steps": steps})
         cost = step_cost(recipe)
         rows.append(
             {
