@@ -89,6 +89,7 @@ def test_only_images_with_masks_are_measured(trained, monkeypatch):
     network, recipe, dataset = trained
     masks = {1: dataset.mask(1), 3: dataset.mask(3)}
     monkeypatch.setattr(dataset, "mask", masks.get)
+    assert Subset(dataset, [0, 1, 3]).masked == 2 and Subset(dataset, []).masked == 0
     assert first_with_masks(dataset) == [1, 3] and first_with_masks(dataset, 1) == [1]
     some = Subset(dataset, [3, 1])
     assert some.ids == [dataset.ids[3], dataset.ids[1]] and torch.equal(some.mask(0), masks[3])

@@ -137,6 +137,11 @@ class SegmentationDataset(Dataset):
         return None
 
     @property
+    def masked(self) -> int:
+        """How many images have a mask: all or none, unless a dataset knows better."""
+        return len(self) if len(self) and self.mask(0) is not None else 0
+
+    @property
     def palette(self) -> list[tuple[int, int, int]]:
         """RGB colour of each of the 256 ids."""
         return voc_palette()
@@ -168,6 +173,10 @@ class FileDataset(SegmentationDataset):
         self.masks = masks
         self._labels: dict[int, Tensor] = {}
 
+    @property
+    def masked(self) -> int:
+        return sum(mask is not None for mask in self.masks[: len(self)])
+
     def image(self, i: int) -> Image.Image:
         return read_image(self.images[i], self.upright)
 
@@ -198,6 +207,10 @@ class Subset(SegmentationDataset):
     def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
         super().__init__(dataset.split, dataset.classes, [dataset.ids[i] for i in indices])
         self.name, self.dataset, self.indices = dataset.name, dataset, list(indices)
+
+    @property
+    def masked(self) -> int:
+        return sum(self.mask(i) is not None for i in range(len(self)))
 
     def image(self, i: int) -> Image.Image:
         return self.dataset.image(self.indices[i])

@@ -30,11 +30,14 @@ from ssepa_lib.workbook.study import object_parts, samples
 
 
 def has_masks(dataset: SegmentationDataset) -> bool:
-    """Whether a dataset can be measured; prints one sentence where it cannot."""
-    known = len(dataset) > 0 and dataset.mask(0) is not None
-    if not known:
+    """Whether a dataset can be measured, as it can if every image has a mask; prints one sentence where it
+    cannot."""
+    masked = dataset.masked
+    if not masked:
         print(NO_MASKS)
-    return known
+    elif masked < len(dataset):
+        print(f"Only {masked} of {len(dataset)} images have a mask; notebook 08 measures with those alone.")
+    return 0 < masked == len(dataset)
 
 
 @torch.no_grad()

@@ -201,7 +201,7 @@ def own_recipe(preset: str, method: str, folder: Path, **options: Any) -> Recipe
     """The recipe of a method with the network and the sizes of a preset, on a folder of `adopt`.
 
     Args:
-        options: `steps`, `seed`, `device`, `frozen` (the backbone stays as it is and its features are computed
+        options: `steps`, `seed`, `device`, `frozen` (the backbone stays as it is, its features are computed
             once: `<method>+frozen`) and `changes` (further recipe settings).
     """
     settings = {"data.name": "folder", "data.root": str(folder), "data.train_images": 0, "data.val_images": 0}
