@@ -14,7 +14,7 @@ from ssepa_lib.data import split_of
 from ssepa_lib.data.adopt import adopt
 from ssepa_lib.data.survey import survey
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.linear_probe import frozen_tokens, linear_maps, map_correlation
+from ssepa_lib.evaluation.linear_probe import frozen_tokens, linear_maps, map_correlation, with_class
 from ssepa_lib.labels import build_refiner
 from ssepa_lib.model import build_network
 from ssepa_lib.workbook import figures, own_images, upload
@@ -233,6 +233,19 @@ def test_classes_that_always_come_together_get_the_same_map():
     maps = linear_maps(torch.nn.functional.normalize(tokens, dim=-1), labels)
     assert maps.shape == (16, 2, 9) and map_correlation(maps, 0, 1) > 0.9
     assert map_correlation(0 * maps, 0, 1) == 0
+
+
+@pytest.mark.parametrize("answer", [None, "yes", [1, 0], [[1, 0, 1]], [0.5, 0, 1], {"a": 1}])
+def test_an_exercise_answered_with_the_wrong_type_gets_a_sentence(answer):
+    with pytest.raises(UserError, match="must be 3 numbers, each 0 or 1"):
+        with_class(torch.zeros(3, 1), answer)
+    with pytest.raises(UserError, match="was not measured; choose one of 0.1, 0.5"):
+        own_images.at_threshold(pd.Series({0.1: 30.0, 0.5: 40.0}), answer)
+
+
+def test_an_exercise_answered_as_asked():
+    assert with_class(torch.zeros(3, 1), [1, 0, True]).tolist() == [[0, 1], [0, 0], [0, 1]]
+    assert own_images.at_threshold(pd.Series({0.1: 30.0, 0.5: 40.0}), 0.5) == 40
 
 
 def test_frozen_tokens_have_length_one(tiny):

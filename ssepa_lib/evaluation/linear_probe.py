@@ -1,12 +1,14 @@
 """A classifier on frozen tokens, trained in seconds: what labels can and cannot teach, without a run."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.data import SegmentationDataset, eval_batches
+from ssepa_lib.errors import UserError
 from ssepa_lib.model.network import Network, evaluating
 from ssepa_lib.recipe import Recipe
 
@@ -46,6 +48,24 @@ def linear_maps(tokens: Tensor, labels: Tensor, steps: int = 150, seed: int = 0)
             loss.backward()
             optimiser.step()
     return (tokens @ weights.detach().T).relu().transpose(1, 2)
+
+
+def with_class(labels: Tensor, extra: Any) -> Tensor:
+    """Labels with one class more, [n, C] and [n] → [n, C+1].
+
+    Args:
+        extra: 0 or 1 for every image: a tensor, an array or a list.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        column = torch.as_tensor(extra, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        column = torch.empty(0)
+    if column.shape != labels.shape[:1] or not bool(((column == 0) | (column == 1)).all()):
+        raise UserError(f"the labels of the new class must be {len(labels)} numbers, each 0 or 1.")
+    return torch.cat([labels, column[:, None]], 1)
 
 
 def map_correlation(maps: Tensor, first: int, second: int) -> float:

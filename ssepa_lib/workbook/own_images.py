@@ -19,6 +19,7 @@ from ssepa_lib.data import SegmentationDataset, eval_batches
 from ssepa_lib.data.images import write_mask
 from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
 from ssepa_lib.data.survey import Survey
+from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.multiscale import cam_view
 from ssepa_lib.files import write_atomically, write_csv
 from ssepa_lib.labels import Refiner, multi_scale_cam
@@ -281,6 +282,19 @@ def all_class_maps(network: Network, recipe: Recipe, images: Tensor, refiner: Re
     """
     labels, config = images.new_ones(len(images), len(network.classes)), cam_view(recipe.cam, "single")
     return multi_scale_cam(network, images, labels, config, refiner).for_labels
+
+
+def at_threshold(curve: pd.Series, threshold: Any) -> float:
+    """The value of a threshold curve.
+
+    Raises:
+        UserError: the curve has no such threshold.
+    """
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not number or threshold not in curve.index:
+        known = ", ".join(f"{t:g}" for t in curve.index)
+        raise UserError(f"threshold {threshold!r} was not measured; choose one of {known}.")
+    return float(curve[threshold])
 
 
 SYMPTOMS = (
