@@ -18,11 +18,12 @@ from ssepa_lib.evaluation.linear_probe import frozen_tokens, linear_maps, map_co
 from ssepa_lib.labels import build_refiner
 from ssepa_lib.model import build_network
 from ssepa_lib.workbook import figures, own_images, upload
+from ssepa_lib.workbook.example_images import example_folder
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    return own_images.example_folder(tmp_path_factory.mktemp("own"), 6)
+    return example_folder(tmp_path_factory.mktemp("own"), 6)
 
 
 def row(table, what):
@@ -35,7 +36,7 @@ def test_the_example_is_complete_but_for_what_is_put_in_on_purpose(example):
     assert [p.turned for p in found.photos[:3]] == [False, True, False] and found.photos[2].converted
     assert found.missing == ["photo 07.jpg"] and not found.bad_masks
     stamp = (example / "labels.csv").stat().st_mtime_ns
-    assert own_images.example_folder(example.parent, 6) == example
+    assert example_folder(example.parent, 6) == example
     assert (example / "labels.csv").stat().st_mtime_ns == stamp, "a complete example is used again"
 
 
@@ -147,8 +148,8 @@ def test_the_figures_of_the_notebook():
     assert len(blue) == 3 and len(ax.patches) == 5
     labels, scores = torch.tensor([[1, 0], [1, 1]]), torch.tensor([[0.9, 0.1], [0.8, 0.7]])
     axes = plots.plot_class_maps(images, maps, scores, labels, ["cat", "dog"])
-    assert axes.shape == (2, 3) and axes[0, 2].get_xlabel() == "score 0.10"
-    assert axes[0, 1].title.get_weight() == "bold" and axes[0, 2].title.get_weight() == "normal"
+    assert axes.shape == (3, 2) and axes[2, 0].get_xlabel() == "dog 0.10"
+    assert [axes[k, 0].xaxis.label.get_weight() for k in (1, 2)] == ["bold", "normal"]
     numbers = pd.DataFrame({"flip": [0.25, 0.5], "scale": [0.75, 1.0]})
     axes = plots.plot_views(images, [[m, m, m] for m in maps[:, 0]], numbers, ["cat", "dog"])
     assert axes.shape == (4, 2) and axes[2, 0].get_xlabel() == "agreement 0.25"
@@ -246,6 +247,14 @@ def test_an_exercise_answered_with_the_wrong_type_gets_a_sentence(answer):
 def test_an_exercise_answered_as_asked():
     assert with_class(torch.zeros(3, 1), [1, 0, True]).tolist() == [[0, 1], [0, 0], [0, 1]]
     assert own_images.at_threshold(pd.Series({0.1: 30.0, 0.5: 40.0}), 0.5) == 40
+
+
+def test_images_are_chosen_from_the_worst_to_the_best():
+    judged = pd.DataFrame(
+        {"index": [3, 3, 5, 8, 9], "class": [0, 1, 0, 1, 0], "flip": [0.9, 0.1, 0.2, 0.7, 0.5]}
+    )
+    assert own_images.from_worst_to_best(judged, 2) == [3, 5]  # 0.9 and 0.2, in the order of the folder
+    assert own_images.from_worst_to_best(judged, 9) == [3, 5, 8, 9]
 
 
 def test_frozen_tokens_have_length_one(tiny):

@@ -1,27 +1,20 @@
 """Your own images in a notebook: an example, what a folder is good for, a run on it, an uploaded image."""
 
 import html
-import io
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from IPython.display import HTML
-from PIL import ExifTags, Image
 from torch import Tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import SegmentationDataset, eval_batches
-from ssepa_lib.data.images import write_mask
-from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
 from ssepa_lib.data.survey import Survey
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.multiscale import cam_view
-from ssepa_lib.files import write_atomically, write_csv
 from ssepa_lib.labels import Refiner, multi_scale_cam
 from ssepa_lib.model import Network
 from ssepa_lib.model.network import evaluating
@@ -30,10 +23,10 @@ from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder
 from ssepa_lib.training.trainer import OnStep, train
 from ssepa_lib.workbook.data_study import inseparable
+from ssepa_lib.workbook.example_images import example_folder
 from ssepa_lib.workbook.plan import duration, seconds_on, step_cost
 
 VERDICTS = {"go": "#1b7837", "fix": "#b35806", "stop": "#c1272d"}  # from good to bad, with their colours
-EXAMPLE = {"ringlet": "porthole", "crosslet": "signpost"}  # built-in class → its name in the example
 
 
 def chosen_folder(folder: str, preset: str, out: Path) -> Path:
@@ -41,45 +34,6 @@ def chosen_folder(folder: str, preset: str, out: Path) -> Path:
     example, which is written below `out`."""
     given = folder or (folder_root() if preset == "folder" else "")
     return Path(given).expanduser() if given else example_folder(out)
-
-
-def example_folder(out: Path | str, count: int = 80) -> Path:
-    """A folder as somebody might bring it, made of built-in scenes of two classes under new names.
-
-    Masks lie beside the images. One image is turned by its EXIF tag, one is a CMYK image, and the table
-    names a file that is not there, so that a check has something to find.
-
-    Returns:
-        `<out>/example`; a complete one is used again.
-    """
-    folder = Path(out) / "example"
-    if (folder / "labels.csv").is_file():
-        return folder
-    kinds, rows, index = [SHAPE_CLASSES.index(name) + 1 for name in EXAMPLE], [], 0
-    while len(rows) < count:
-        index += 1
-        shown = set(scene_facts("test", index).classes)
-        if not shown <= set(EXAMPLE):
-            continue
-        pixels, mask = render_scene("test", index)
-        name = f"photo {len(rows) + 1:02d}"
-        content = _photo(Image.fromarray(pixels), turned=len(rows) == 1, printed=len(rows) == 2)
-        write_atomically(folder / "images" / f"{name}.jpg", partial(Path.write_bytes, data=content))
-        write_mask(folder / "masks" / f"{name}.png", np.searchsorted([0, *kinds], mask))
-        rows.append([f"{name}.jpg", ";".join(sorted(EXAMPLE[kind] for kind in shown))])
-    rows.append([f"photo {count + 1:02d}.jpg", "signpost"])
-    write_csv(folder / "labels.csv", ["image", "classes"], rows)
-    return folder
-
-
-def _photo(image: Image.Image, turned: bool, printed: bool) -> bytes:
-    """A JPEG file; `turned` lies on its side and says so in its EXIF tag, `printed` is in CMYK."""
-    tag, file = Image.Exif(), io.BytesIO()
-    if turned:
-        image = image.transpose(Image.Transpose.ROTATE_90)
-        tag[ExifTags.Base.Orientation] = 6  # to be turned by 90° clockwise
-    image.convert("CMYK" if printed else "RGB").save(file, "JPEG", quality=92, exif=tag)
-    return file.getvalue()
 
 
 def check_table(found: Survey, side: int = 0) -> pd.DataFrame:
@@ -241,7 +195,7 @@ def decision_table(images: int, method: str) -> pd.DataFrame:
     Args:
         images: of the folder; with the steps and the batch they give how often each is seen.
     """
-    rows = []
+    rows, built_in = [], "micro ViT (built in)"
     for name, (preset, steps, more) in CHOICES.items():
         if more and not (RECIPES / "method" / "frozen.yaml").is_file():
             continue
@@ -251,13 +205,15 @@ def decision_table(images: int, method: str) -> pd.DataFrame:
             {
                 "setting": name,
                 "preset": preset,
-                "backbone": recipe.model.backbone.split(".")[0],
+                "backbone": built_in
+                if recipe.model.weights == "micro"
+                else recipe.model.backbone.split(".")[0],
                 "parameters": f"{cost.parameters / 1e6:.1f} M",
                 "crop": recipe.data.crop,
                 "batch": recipe.data.batch,
                 "steps": steps,
                 "epochs": f"{steps * recipe.data.batch / max(1, images):.0f}",
-                "this CPU": duration(steps * seconds_on(recipe, cost, "cpu")),
+                f"CPU, {torch.get_num_threads()} threads": duration(steps * seconds_on(recipe, cost, "cpu")),
                 "a GPU": duration(steps * seconds_on(recipe, cost, "gpu")),
             }
         )
@@ -282,6 +238,21 @@ def all_class_maps(network: Network, recipe: Recipe, images: Tensor, refiner: Re
     """
     labels, config = images.new_ones(len(images), len(network.classes)), cam_view(recipe.cam, "single")
     return multi_scale_cam(network, images, labels, config, refiner).for_labels
+
+
+def from_worst_to_best(judged: pd.DataFrame, count: int = 6) -> list[int]:
+    """Some images from the one whose map agrees least with its flip to the one whose map agrees most.
+
+    Args:
+        judged: of `evaluation.blind.judge`; the first class of an image counts.
+
+    Returns:
+        Up to `count` indices, in the order of the folder.
+    """
+    order = judged.groupby("index")["flip"].first().sort_values(kind="stable").index.tolist()
+    count = min(count, len(order))
+    picked = {order[round(k * (len(order) - 1) / max(1, count - 1))] for k in range(count)}
+    return sorted(picked)
 
 
 def at_threshold(curve: pd.Series, threshold: Any) -> float:

@@ -45,24 +45,25 @@ def plot_ladder(reached: int, ax: Axes | None = None) -> Axes:
 def plot_class_maps(
     images: Sequence[Array], maps: Array, scores: Array, labels: Array, classes: Sequence[str]
 ) -> np.ndarray:
-    """Every class's map of some images, one row per image; a class of the label is named in bold.
+    """Every class's map of some images, one column per image; a class of the label is named in black.
 
     Args:
         maps: [n, C, H, W] in 0..1; scores: [n, C], probability of each class, 0..1; labels: [n, C].
 
     Returns:
-        axes [n, C + 1].
+        axes [C + 1, n].
     """
     maps, scores, labels = to_numpy(maps), to_numpy(scores), to_numpy(labels)
-    size = (1.75 * (len(classes) + 1), 2.05 * len(images))
-    axes = plt.subplots(len(images), len(classes) + 1, figsize=size, squeeze=False)[1]
-    for i, row in enumerate(axes):
-        plot_image(images[i], row[0], f"image {chr(ord('A') + i)}")
-        for c, ax in enumerate(row[1:]):
+    size = (1.75 * len(images), 1.95 * (len(classes) + 1))
+    axes = plt.subplots(len(classes) + 1, len(images), figsize=size, squeeze=False)[1]
+    for i, column in enumerate(axes.T):
+        plot_image(images[i], column[0], f"image {chr(ord('A') + i)}")
+        for c, ax in enumerate(column[1:]):
             plot_cam(maps[i, c], images[i], ax)
             here = labels[i, c] > 0
-            ax.set_title(classes[c], weight="bold" if here else "normal", color="black" if here else "0.5")
-            ax.set_xlabel(f"score {scores[i, c]:.2f}", color="black" if here else "0.5", fontsize="small")
+            name = textwrap.shorten(classes[c], 16, placeholder="…")
+            style = {"color": "black", "weight": "bold"} if here else {"color": "0.5"}
+            ax.set_xlabel(f"{name} {scores[i, c]:.2f}", fontsize="small", **style)
     return axes
 
 
@@ -135,5 +136,5 @@ def plot_blind_threshold(
         right.axvline(best, color="0.4", linestyle="--", linewidth=1)
         right.set(ylabel="mIoU, %", ylim=(0, 100))
         right.grid(False)
-    ax.legend(handles=lines, loc="lower center")
+    ax.legend(handles=lines, loc="lower left")
     return ax
