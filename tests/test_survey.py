@@ -179,7 +179,8 @@ def test_stems_that_collide_stay_apart(root, tmp_path):
 
 
 def test_a_limit_takes_evenly_spread_rows(root):
-    assert list(classes(survey(root, 2))) == ["a.jpg", "käfer.jpg"]
+    found = survey(root, 2)
+    assert list(classes(found)) == ["a.jpg", "käfer.jpg"] and found.skipped == 2
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,7 @@ def test_a_limit_takes_evenly_spread_rows(root):
         (None, r"neither labels\.csv nor a folder"),
         ("", "the first line names nothing"),
         ("a.jpg,moth\n", r"the first line names a\.jpg, moth"),
+        ("image,classes\n" + 200_000 * "x", "this is no table"),
         ("image,classes\n" + "".join(f"{i}.jpg,c{i}\n" for i in range(255)), "255 classes"),
     ],
 )

@@ -61,6 +61,7 @@ class Survey:
     table: Path | None  # None: the folders name the classes
     classes: tuple[str, ...] = ()
     rows: int = 0  # rows of the table, before any was left out
+    skipped: int = 0  # images that the limit leaves out
     photos: list[Photo] = field(default_factory=list)
     masks: dict[str, Path] = field(default_factory=dict)  # name of an image → its mask
     missing: list[str] = field(default_factory=list)  # rows without a file
@@ -117,6 +118,7 @@ def survey(root: Path | str, limit: int = 0) -> Survey:
     wanted = list(labels)
     if limit and len(wanted) > limit:
         wanted = [wanted[i * len(wanted) // limit] for i in range(limit)]
+    found.skipped = len(labels) - len(wanted)
     for name in wanted:
         path = files.get(_plain(name)) or files.get(_plain(name).casefold())
         if path is None:
@@ -167,9 +169,13 @@ def _read_rows(path: Path) -> Iterator[tuple[str, tuple[str, ...], str]]:
     separator = max(",;\t", key=head.count)
     columns = [cell.strip().strip('"').lower() for cell in head.split(separator)]
     if not {"image", "classes"} <= set(columns):
-        shown = ", ".join(columns) or "nothing"
+        shown = ", ".join(columns)[:80] or "nothing"
         raise UserError(f"{path}: the first line names {shown}; it must name the columns image and classes.")
-    for cells in csv.reader(lines[1:], delimiter=separator):
+    try:
+        table = list(csv.reader(lines[1:], delimiter=separator))
+    except csv.Error as error:
+        raise UserError(f"{path}: this is no table ({error}); save it as comma-separated UTF-8.") from error
+    for cells in table:
         if len(cells) > len(columns) and columns[-1] == "classes":  # a,cat,dog under image,classes
             cells = [*cells[: len(columns) - 1], ";".join(cells[len(columns) - 1 :])]
         row = dict(zip(columns, [cell.strip() for cell in cells], strict=False))

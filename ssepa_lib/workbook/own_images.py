@@ -73,8 +73,14 @@ def _file_rows(found: Survey) -> list[tuple[str, str, str, str]]:
     broken = [f"{image} ({reason})" for image, reason in found.broken.items()]
     good = ("usable images", counted, "go", "")
     none = ("usable images", counted, "stop", "see the rows below; nothing can be learnt from no image")
+    kept = (
+        (str(found.skipped), "go", "raise the parameter images to use them")
+        if found.skipped
+        else ("none", "go", "")
+    )
     return [
         good if usable else none,
+        ("left out by the limit", *kept),
         _row("rows without a file", found.missing, "correct the name, or delete the row"),
         _row("files without a row", found.unlisted, "add a row for each; until then they are left out"),
         _row("rows without a class", found.unnamed, "name the classes, or 'background' for none"),
