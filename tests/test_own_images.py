@@ -249,6 +249,11 @@ def test_an_exercise_answered_as_asked():
     assert own_images.at_threshold(pd.Series({0.1: 30.0, 0.5: 40.0}), 0.5) == 40
 
 
+def test_an_image_becomes_a_square_batch():
+    square = own_images.as_square(Image.new("RGB", (40, 20), (255, 0, 7)), 8)
+    assert square.shape == (1, 3, 8, 8) and square[0, :, 0, 0].tolist() == [255, 0, 7]
+
+
 def test_images_are_chosen_from_the_worst_to_the_best():
     judged = pd.DataFrame(
         {"index": [3, 3, 5, 8, 9], "class": [0, 1, 0, 1, 0], "flip": [0.9, 0.1, 0.2, 0.7, 0.5]}

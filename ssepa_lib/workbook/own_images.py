@@ -8,7 +8,9 @@ from typing import Any
 import pandas as pd
 import torch
 from IPython.display import HTML
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import SegmentationDataset, eval_batches
@@ -244,6 +246,12 @@ def all_class_maps(network: Network, recipe: Recipe, images: Tensor, refiner: Re
     """
     labels, config = images.new_ones(len(images), len(network.classes)), cam_view(recipe.cam, "single")
     return multi_scale_cam(network, images, labels, config, refiner).for_labels
+
+
+def as_square(image: Image.Image, side: int) -> Tensor:
+    """An RGB image as a batch of one, resized as images are when they are measured: [1, 3, side, side] in
+    0..255."""
+    return pil_to_tensor(image.resize((side, side), Image.Resampling.BILINEAR)).float()[None]
 
 
 def from_worst_to_best(judged: pd.DataFrame, count: int = 6) -> list[int]:
