@@ -190,6 +190,7 @@ def test_a_limit_takes_evenly_spread_rows(root):
         ("", "the first line names nothing"),
         ("a.jpg,moth\n", r"the first line names a\.jpg, moth"),
         ("image,classes\n" + 200_000 * "x", "this is no table"),
+        ("image,classes\na.jpg,5$\n", r"'5\$' cannot be a class"),
         ("image,classes\n" + "".join(f"{i}.jpg,c{i}\n" for i in range(255)), "255 classes"),
     ],
 )

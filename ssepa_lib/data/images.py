@@ -17,10 +17,20 @@ from ssepa_lib.files import write_atomically
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error) + (
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    struct.error,
+    zlib.error,
+) + (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
-)  # what Pillow raises on damaged or hostile files
+)
+"""What Pillow raises at a file that is missing, damaged, not an image, or far too large."""
 
 
 def voc_palette() -> list[tuple[int, int, int]]:
@@ -74,7 +84,7 @@ def read_mask(path: Path, classes: int, size: tuple[int, int] | None = None) -> 
         with Image.open(path) as file:
             mode = file.mode
             ids = np.array(file)
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: unreadable mask ({error}); unpack or write it again.") from error
     if mode not in ("P", "L"):
         raise UserError(

@@ -227,6 +227,9 @@ def _class_list(root: Path, labels: dict) -> tuple[str, ...]:
             )
             raise UserError(f"{listed}: {wrong}; list every class of the table once, or delete the file.")
         named = lines
+    unfit = [name for name in named if not name.isprintable() or "$" in name]
+    if unfit:
+        raise UserError(f"{root}: '{unfit[0]}' cannot be a class; write names without '$'.")
     if len(named) >= IGNORE:
         raise UserError(
             f"{root}: the table names {len(named)} classes; at most {IGNORE - 1} can be told apart."
