@@ -30,6 +30,7 @@ LONG = 30 * 60  # seconds of training from which a call of the notebooks has to 
 FULL = 12 * 3600  # seconds from which a run without a GPU has to be confirmed
 CORE_SPEED = {"fp32": 45e9, "bf16": 75e9}  # FLOP/s of a core in a step (shapes; voc_mini without AMX)
 GPU_SHARE = 0.05  # of the speed of matrix products that a step reaches
+GPU_SPEED = 20e12  # FLOP/s of a step on a data-centre GPU: that share of 400 TFLOP/s; not measured
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,17 @@ def seconds_per_step(recipe: Recipe, cost: Cost) -> float:
             (a @ b)[0, 0].item()  # waits for the GPU
             best = min(best, time.perf_counter() - began)
     return cost.flops / (GPU_SHARE * 8 * tokens * width**2 / max(best, 1e-6))
+
+
+def seconds_on(recipe: Recipe, cost: Cost, kind: str) -> float:
+    """The expected time of a step on another device than the recipe's, by formula alone.
+
+    Args:
+        kind: "cpu", the cores of this machine, or "gpu", a data-centre GPU.
+    """
+    if kind == "cpu":
+        return seconds_per_step(replace(recipe, train=replace(recipe.train, device="cpu")), cost)
+    return max(cost.flops / GPU_SPEED, 0.05)  # launching the kernels of a step takes that long
 
 
 def _kind(recipe: Recipe) -> str:
