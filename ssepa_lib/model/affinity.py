@@ -40,8 +40,14 @@ class Attention:
 
     def __getitem__(self, images: slice) -> "Attention":
         """The attention of some images of the batch."""
-        queries = [layer[images] for layer in self.queries]
-        keys = [layer[images] for layer in self.keys]
+        return self.map(lambda tensor: tensor[images])
+
+    def map(self, function: Callable[..., Tensor], *others: "Attention") -> "Attention":
+        """Apply a function to the same tensor of this attention and of others, one after the other."""
+        queries, keys = (
+            [function(*layers) for layers in zip(*(getattr(a, side) for a in (self, *others)), strict=True)]
+            for side in ("queries", "keys")
+        )
         return Attention(queries, keys, self.num_prefix_tokens, self.grid)
 
     def layer_map(self, layer: int, rows: slice = slice(None), *, probabilities: bool = True) -> Tensor:

@@ -1,7 +1,7 @@
 """A plain vision transformer from timm: images of any size in, tokens out, queries and keys on request."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,6 +28,26 @@ class BackboneOutput:
     cls: Tensor | None  # [B, D] class token after the final norm; None without prefix tokens
     grid: tuple[int, int]  # h, w
     attention: Attention | None  # queries and keys of every layer; None unless captured
+
+    def map(self, function: Callable[..., Tensor], *others: "BackboneOutput") -> "BackboneOutput":
+        """Apply a function to the same tensor of this output and of others, one after the other."""
+        every = (self, *others)
+        tokens = {
+            name: None if getattr(self, name) is None else function(*(getattr(o, name) for o in every))
+            for name in ("patches", "aux", "cls")
+        }
+        attention = self.attention and self.attention.map(function, *(o.attention for o in others))
+        return replace(self, **tokens, attention=attention)
+
+    def without_attention(self) -> "BackboneOutput":
+        """The tokens alone."""
+        return replace(self, attention=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        attention = [] if self.attention is None else [*self.attention.queries, *self.attention.keys]
+        return sum(x.nbytes for x in (self.patches, self.aux, self.cls, *attention) if x is not None)
 
 
 class _AttentionTap(TorchFunctionMode):
@@ -99,6 +119,7 @@ class Backbone(nn.Module):
         self.drop_prefix = config.aggregator != "class_token" and not config.keep_class_token
         self.num_prefix_tokens = 0 if self.drop_prefix else self.vit.num_prefix_tokens
         self.checkpointing, self.attached = checkpointing, attached
+        self.frozen, self.cache = False, None
         cfg = self.vit.pretrained_cfg
         self.register_buffer(
             "mean", 255 * torch.tensor(config.mean or cfg["mean"]).view(3, 1, 1), persistent=False
@@ -115,6 +136,16 @@ class Backbone(nn.Module):
         for name in ("cls_token", "reg_token") if self.drop_prefix else ():
             if getattr(self.vit, name, None) is not None:
                 getattr(self.vit, name).requires_grad_(False)
+
+    def freeze(self) -> None:
+        """Train no parameter any more, stay in evaluation mode and build no graph."""
+        self.requires_grad_(False)
+        self.frozen = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Training mode, which a frozen backbone never enters."""
+        return super().train(mode and not self.frozen)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches per column and per row for an image of this size.
@@ -171,6 +202,13 @@ class Backbone(nn.Module):
             mask: bool [B, N]; these patch embeddings are replaced by the mask token before positions are
                 added (FSR).
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if self.cache is None or mask is not None:
+                return self._encode(image, capture, mask)
+            return self.cache.encode(self, partial(self._encode, mask=None), image, capture)
+
+    def _encode(self, image: Tensor, capture: bool, mask: Tensor | None) -> BackboneOutput:
+        """Run the blocks."""
         x, rope, grid = self._embed(image, mask)
         tap = _AttentionTap(capture)
         for index, tokens in enumerate(self._blocks(x, rope, tap)):

@@ -51,6 +51,8 @@ class Network(nn.Module):
         attached = affinity.blocks if learned else 0
         self.backbone = Backbone(recipe.model, checkpointing=recipe.train.checkpointing, attached=attached)
         self.backbone.mask_token.requires_grad_(recipe.self_reinforced)
+        if recipe.model.freeze:
+            self.backbone.freeze()
         width, number = self.backbone.width, len(self.classes)
         self.classifier = nn.Linear(width, number, bias=False)
         self.aux_classifier = nn.Linear(width, number, bias=False)
