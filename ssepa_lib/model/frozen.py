@@ -5,13 +5,14 @@ affinity is made of. They are found by the content of the image, and kept in hal
 """
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.backbone import BackboneOutput
+from ssepa_lib.model.encoder import BackboneOutput
 from ssepa_lib.private_api import versions
 
 Encode = Callable[[Tensor, bool], BackboneOutput]
@@ -45,6 +46,7 @@ class FeatureCache:
         self._owner: nn.Module | None = None
         self._versions: tuple[int, ...] = ()
         self._known: dict[Hashable, BackboneOutput] = {}
+        self._shared: dict[Hashable, Tensor] = {}  # what features of several images have in common
 
     def encode(self, backbone: nn.Module, encode: Encode, image: Tensor, capture: bool) -> BackboneOutput:
         """The features of images, known or new.
@@ -66,6 +68,8 @@ class FeatureCache:
         together = 1 if image.device.type == "cpu" else max(1, len(new))
         for part in (new[start : start + together] for start in range(0, len(new), together)):
             output = encode(image[part], capture)
+            if output.attention is not None:
+                output = replace(output, attention=output.attention.sharing(self._shared))
             for place, i in enumerate(part):
                 known[i] = output.map(lambda x, place=place: _packed(x[place : place + 1].detach()))
                 self._keep(keys[i], known[i])
@@ -84,7 +88,7 @@ class FeatureCache:
             )
         current = versions(backbone)
         if current != self._versions:
-            self._known, self.used, self._versions = {}, 0, current
+            self._known, self._shared, self.used, self._versions = {}, {}, 0, current
 
     @staticmethod
     def _key(image: Tensor) -> Hashable:

@@ -1,11 +1,18 @@
 """Pre-trained weights: found on disk or downloaded by timm, and resampled to the model's own grid."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import (
+    EfficientFormer,
+    SwinTransformer,
+    efficientformer,
+    swin_transformer,
+    vision_transformer,
+)
 from torch import nn
 
 from ssepa_lib.errors import UserError
@@ -34,9 +41,8 @@ def create_vit(config: ModelConfig) -> nn.Module:
     path = weights_path(config)
     if path is not None and not path.is_file():
         raise UserError(f"weight file {path} does not exist; correct model.weights or leave it empty.")
-    options = dict(
-        config.backbone_args, num_classes=0, drop_path_rate=config.drop_path, dynamic_img_size=True
-    )
+    options = config.backbone_args | {"num_classes": 0, "drop_path_rate": config.drop_path}
+    options |= _any_size(config.backbone)
     download = path is None and config.weights != "none"
     try:
         vit = timm.create_model(config.backbone, pretrained=download, **options)
@@ -55,6 +61,23 @@ def create_vit(config: ModelConfig) -> nn.Module:
     return vit
 
 
+def _any_size(name: str) -> dict[str, bool]:
+    """The option by which a timm model accepts images of any size, where it needs one."""
+    if name.startswith("swin_"):
+        return {"strict_img_size": False}
+    plain = name.startswith(("efficientformer_", "resnet", "convnext"))  # take any size as they are
+    return {} if plain else {"dynamic_img_size": True}
+
+
+def _filter_of(vit: nn.Module) -> Callable:
+    """timm's function that adapts a checkpoint to a model."""
+    if isinstance(vit, SwinTransformer):
+        return swin_transformer.checkpoint_filter_fn
+    if isinstance(vit, EfficientFormer):
+        return efficientformer.checkpoint_filter_fn
+    return vision_transformer.checkpoint_filter_fn
+
+
 def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
     """Load a timm checkpoint, resampling its position embedding to the model's native grid."""
     try:
@@ -64,7 +87,7 @@ def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
             f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
         ) from error
     try:
-        state = checkpoint_filter_fn({k: v.float() for k, v in state.items()}, vit)
+        state = _filter_of(vit)({k: v.float() for k, v in state.items()}, vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(

@@ -75,7 +75,7 @@ class Trainer:
         if recipe.model.freeze and recipe.data.fixed_views and recipe.model.cache_gb:
             self.network.backbone.cache = FeatureCache(int(recipe.model.cache_gb * 1e9))
         if recipe.train.compile:
-            for block in self.network.backbone.vit.blocks:
+            for block in self.network.backbone.blocks:
                 block.compile()
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
