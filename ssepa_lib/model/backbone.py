@@ -54,6 +54,7 @@ class Backbone(Encoder):
         self.heads: int = vit.blocks[0].attn.num_heads
         self.drop_prefix = config.aggregator != "class_token" and not config.keep_class_token
         self.num_prefix_tokens = 0 if self.drop_prefix else vit.num_prefix_tokens
+        self.has_class_token = self.num_prefix_tokens > 0 and getattr(vit, "cls_token", None) is not None
         self.attached = attached
         if not config.train_pos_embed and vit.pos_embed is not None:
             vit.pos_embed.requires_grad_(False)
@@ -79,9 +80,10 @@ class Backbone(Encoder):
 
     def _blocks(self, x: Tensor, rope: Tensor | None, tap: AttentionTap) -> Iterator[Tensor]:
         """The tokens [B, P+N, D] after every block."""
-        extra = {} if rope is None else {"rope": rope}
         needed = tap.capture or tap.visible is not None
-        for block in self.vit.blocks:
+        own = getattr(self.vit, "rope_mixed", False)  # then every block has rotary positions of its own
+        for index, block in enumerate(self.vit.blocks):
+            extra = {} if rope is None else {"rope": rope[index] if own else rope}
             call = partial(tap.run, block) if needed or not (is_compiled(block) or x.is_cuda) else block
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(call, x, use_reentrant=False, **extra)
@@ -108,7 +110,7 @@ class Backbone(Encoder):
         return BackboneOutput(
             patches=x[:, first:],
             aux=aux[:, first:],
-            cls=x[:, 0] if first else None,
+            cls=x[:, 0] if self.has_class_token else None,
             grid=grid,
             attention=self._attention(tap, grid) if capture else None,
         )
@@ -142,7 +144,7 @@ class Backbone(Encoder):
         """
         x, rope, _ = self._embed(image, None)  # [B, P+N, D]
         first, (views, patches) = self.num_prefix_tokens, visible.shape[1:]
-        if first == 0 or rope is not None:
+        if not self.has_class_token or rope is not None:
             return super().class_tokens(image, visible)
         counts = visible.sum(2)  # [B, V]
         order = visible.byte().sort(dim=2, descending=True, stable=True).indices  # [B, V, N], visible first

@@ -19,7 +19,7 @@ class BackboneOutput:
 
     patches: Tensor  # [B, N, D] last block, after the final norm
     aux: Tensor  # [B, N, A] raw output of the auxiliary block, whose stage may have another width A
-    cls: Tensor | None  # [B, D] class token after the final norm; None without prefix tokens
+    cls: Tensor | None  # [B, D] class token after the final norm; None without one
     grid: tuple[int, int]  # h, w
     attention: Attention | None  # queries and keys of every layer; None unless captured
 

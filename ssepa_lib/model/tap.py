@@ -40,7 +40,7 @@ class AttentionTap(TorchFunctionMode):
         bias = kwargs.get("attn_mask")
         if self.capture:
             self.queries.append(query)
-            self.keys.append(key)
+            self.keys.append(key.repeat_interleave(query.shape[1] // key.shape[1], 1))  # heads may share keys
             self.biases.append(bias)
         if query.device.type != "cpu" or not torch.is_grad_enabled() or query.shape[2] > SHORT:
             return func(*args, **kwargs)

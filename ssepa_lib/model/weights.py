@@ -41,11 +41,9 @@ def create_vit(config: ModelConfig) -> nn.Module:
     path = weights_path(config)
     if path is not None and not path.is_file():
         raise UserError(f"weight file {path} does not exist; correct model.weights or leave it empty.")
-    options = config.backbone_args | {"num_classes": 0, "drop_path_rate": config.drop_path}
-    options |= _any_size(config.backbone)
     download = path is None and config.weights != "none"
     try:
-        vit = timm.create_model(config.backbone, pretrained=download, **options)
+        vit = _create(config, download)
     except (RuntimeError, TypeError) as error:
         raise UserError(
             f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
@@ -61,12 +59,20 @@ def create_vit(config: ModelConfig) -> nn.Module:
     return vit
 
 
-def _any_size(name: str) -> dict[str, bool]:
-    """The option by which a timm model accepts images of any size, where it needs one."""
-    if name.startswith("swin_"):
-        return {"strict_img_size": False}
-    plain = name.startswith(("efficientformer_", "resnet", "convnext"))  # take any size as they are
-    return {} if plain else {"dynamic_img_size": True}
+def _create(config: ModelConfig, download: bool) -> nn.Module:
+    """The timm model, for images of any size where it can be had so."""
+    options = config.backbone_args | {"num_classes": 0, "drop_path_rate": config.drop_path}
+    if config.backbone.startswith("swin_"):
+        options["strict_img_size"] = False
+    elif not config.backbone.startswith("efficientformer_"):  # which takes any size as it is
+        options["dynamic_img_size"] = True
+    try:
+        return timm.create_model(config.backbone, pretrained=download, **options)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        del options["dynamic_img_size"]  # no plain ViT: only to say why it is refused
+        return timm.create_model(config.backbone, pretrained=False, **options)
 
 
 def _filter_of(vit: nn.Module) -> Callable:
