@@ -294,7 +294,9 @@ def gpu(
     return run_gpu(out, minutes, data=data, weights=weights, dry_run=dry_run)
 
 
-def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, seed: int = 0) -> None:
+def pretrain(
+    *, out: Annotated[Path, arg(metavar="FILE")], backbone: str = "", steps: int = 1800, seed: int = 0
+) -> None:
     """Pre-train the micro ViT of the built-in data again.
 
     Example: python -m ssepa_lib pretrain --out vit_micro.safetensors
@@ -306,4 +308,4 @@ def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, se
     """
     from ssepa_lib.benchmarks.pretrain_shapes import pretrain
 
-    print(pretrain(out, steps=steps, seed=seed, on_step=follow("pretrain")))
+    print(pretrain(out, backbone=backbone, steps=steps, seed=seed, on_step=follow("pretrain")))

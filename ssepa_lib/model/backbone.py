@@ -158,12 +158,17 @@ class Backbone(Encoder):
             x = tokens
         return self.vit.fc_norm(self.vit.norm(x))[:, 0].unflatten(0, visible.shape[:2])
 
-    def flops(self, height: float, width: float) -> float:
-        """Floating-point operations of the forward pass of one image, by formula: blocks alone."""
+    def _tokens(self, height: float, width: float) -> int:
+        rows, columns = (max(1, round(s / p)) for s, p in zip((height, width), self.patch_size, strict=True))
+        return rows * columns + self.num_prefix_tokens
+
+    def attention_flops(self, height: float, width: float) -> float:
+        """Quadratic in the number of tokens."""
+        return 4 * self._tokens(height, width) ** 2 * self.width * self.depth
+
+    def _linear_flops(self, height: float, width: float) -> float:
         matrices = sum(p.numel() for p in self.vit.blocks.parameters() if p.ndim == 2)
-        (ph, pw), prefix = self.patch_size, self.num_prefix_tokens
-        tokens = max(1, round(height / ph)) * max(1, round(width / pw)) + prefix
-        return 2 * matrices * tokens + 4 * tokens**2 * self.width * self.depth
+        return 2 * matrices * self._tokens(height, width)
 
 
 def build_backbone(config: ModelConfig, *, checkpointing: bool = False, attached: int = 0) -> Encoder:

@@ -159,5 +159,16 @@ class Encoder(nn.Module):
         )
 
     def flops(self, height: float, width: float) -> float:
-        """Floating-point operations of the forward pass of one image, by formula: matrix products alone."""
+        """Floating-point operations of the forward pass of one image, by formula: the blocks' products."""
+        return self._linear_flops(height, width) + self.attention_flops(height, width)
+
+    def attention_flops(self, height: float, width: float) -> float:
+        """The part of `flops` that queries, keys and values of all layers have in one another's products.
+
+        One application of the affinity to as many columns as a head has channels costs the same.
+        """
+        raise NotImplementedError
+
+    def _linear_flops(self, height: float, width: float) -> float:
+        """The part of `flops` that grows with the number of tokens."""
         raise NotImplementedError

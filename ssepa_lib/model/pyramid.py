@@ -141,7 +141,7 @@ def _attention(taps: list[tuple[AttentionTap, Windows]], images: int, grid: Grid
         for sides in ([tap.queries for tap, _ in taps], [tap.keys for tap, _ in taps])
     )
     biases = [tap.biases[0].detach() for tap, _ in taps]  # [1 or B·W, H, M, M], the same for every image
-    biases = [bias if len(bias) == 1 else bias[: len(bias) // images] for bias in biases]
+    biases = [bias if len(bias) == 1 else bias[: len(bias) // images].clone() for bias in biases]
     return WindowedAttention(queries, keys, 0, grid, windows, biases)
 
 
@@ -178,16 +178,23 @@ class SwinBackbone(Pyramid):
                 x = self._run(block, x, tap)
                 yield x
 
-    def flops(self, height: float, width: float) -> float:
-        """Floating-point operations of the forward pass of one image, by formula: blocks alone."""
-        total, side = 0.0, self.vit.patch_embed.patch_size[0]
+    def _tokens(self, height: float, width: float) -> Iterator[tuple[nn.Module, int]]:
+        """Every block and the number of tokens that it sees."""
+        side = self.vit.patch_embed.patch_size[0]
         for index, stage in enumerate(self.stages):
             tokens = ceil(height / side / 2**index) * ceil(width / side / 2**index)
-            for block in stage.blocks:
-                parts = (block.attn.qkv, block.attn.proj, block.mlp)
-                matrices = sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
-                total += 2 * matrices * tokens + 4 * tokens * block.window_area * block.dim
-        return total
+            yield from ((block, tokens) for block in stage.blocks)
+
+    def attention_flops(self, height: float, width: float) -> float:
+        """Linear in the number of tokens, because a window is as large on any grid."""
+        return sum(4 * n * block.window_area * block.dim for block, n in self._tokens(height, width))
+
+    def _linear_flops(self, height: float, width: float) -> float:
+        def matrices(block: nn.Module) -> int:
+            parts = (block.attn.qkv, block.attn.proj, block.mlp)
+            return sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
+
+        return sum(2 * n * matrices(block) for block, n in self._tokens(height, width))
 
 
 @lru_cache
@@ -272,11 +279,17 @@ class EfficientFormerBackbone(Pyramid):
                 x = self._run(block, x, tap)
                 yield x.unflatten(1, grid) if x.ndim == 3 else x.movedim(1, -1)
 
-    def flops(self, height: float, width: float) -> float:
-        """Floating-point operations of the forward pass of one image, by formula: blocks alone."""
-        total = 0.0
-        for info, stage in zip(self.vit.feature_info, self.stages, strict=True):
-            tokens = ceil(height / info["reduction"]) * ceil(width / info["reduction"])
-            total += 2 * tokens * sum(p.numel() for p in stage.blocks.parameters() if p.ndim in (2, 4))
-        last = self.blocks[-1].token_mixer
-        return total + 2 * self.depth * tokens**2 * last.heads * (last.sizes[0] + last.sizes[2])
+    def _tokens(self, height: float, width: float) -> list[int]:
+        """Tokens of every stage."""
+        strides = [info["reduction"] for info in self.vit.feature_info]
+        return [ceil(height / stride) * ceil(width / stride) for stride in strides]
+
+    def attention_flops(self, height: float, width: float) -> float:
+        """Quadratic, but only in the tokens of the last stage."""
+        mixer = self.blocks[-1].token_mixer
+        channels = mixer.heads * (mixer.sizes[0] + mixer.sizes[2])
+        return 2 * self.depth * self._tokens(height, width)[-1] ** 2 * channels
+
+    def _linear_flops(self, height: float, width: float) -> float:
+        pairs = zip(self.stages, self._tokens(height, width), strict=True)
+        return sum(2 * n * p.numel() for stage, n in pairs for p in stage.blocks.parameters() if p.ndim > 1)

@@ -20,12 +20,14 @@ from ssepa_lib.paths import PACKAGE, weights_root
 from ssepa_lib.recipe import ModelConfig
 
 MICRO_WEIGHTS = PACKAGE / "weights" / "vit_micro_shapes.safetensors"
+MICRO = {"swin": "swin_micro_shapes", "efficientformer": "efficientformer_micro_shapes"}  # beside the ViT's
 
 
 def weights_path(config: ModelConfig) -> Path | None:
     """Weight file a recipe asks for; None for random weights or timm's own download."""
     if config.weights == "micro":
-        return MICRO_WEIGHTS
+        own = MICRO.get(config.backbone.split("_")[0])
+        return MICRO_WEIGHTS.with_stem(own) if own else MICRO_WEIGHTS
     if config.weights and config.weights != "none":
         return Path(config.weights)
     local = weights_root() / f"{config.backbone}.safetensors"
@@ -95,6 +97,7 @@ def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
     try:
         state = _filter_of(vit)({k: v.float() for k, v in state.items()}, vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
+        missing = [key for key in missing if not key.endswith("attention_bias_idxs")]  # a constant
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"weight file {path} does not fit the backbone '{name}': "
