@@ -38,6 +38,11 @@ def test_only_the_heads_learn_and_the_backbone_never_enters_training_mode(tiny, 
     assert not network(images()).patches.requires_grad
 
 
+def test_terms_without_weight_are_not_computed(tiny, trainer_for):
+    trainer, batches = trainer_for(tiny("ssepa+frozen", **{"losses.segmentation_start": 0.0}))
+    assert set(trainer.step(next(batches))) == {"loss", "cls", "aux_cls", "seg", "haaf"}
+
+
 def test_the_features_of_a_view_are_computed_once(tiny, trainer_for):
     trainer, batches = trainer_for(tiny("ssepa_plus+frozen", **STEPS))
     cache = trainer.network.backbone.cache

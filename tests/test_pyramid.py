@@ -1,18 +1,21 @@
 """Hierarchical backbones against timm and against affinities that are built entry by entry."""
 
 import logging
+import math
 
 import pytest
 import timm
 import torch
 
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.attention import attention_statistics, layer_tokens
 from ssepa_lib.model import PatchAffinity, build_network
 from ssepa_lib.model.backbone import build_backbone
 from ssepa_lib.model.pyramid import GridAttention
 from ssepa_lib.model.windows import Windows, resized
 from ssepa_lib.recipe import ModelConfig
 from ssepa_lib.training import Trainer
+from ssepa_lib.workbook.plan import step_cost
 
 SWIN = {
     "model.backbone": "swin_tiny_patch4_window7_224",
@@ -245,6 +248,17 @@ def test_checkpointing_changes_no_gradient():
         out.patches.square().sum().backward()
         grads.append(backbone.blocks[0].attn.qkv.weight.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_statistics_and_costs_of_layers_with_different_heads(tiny):
+    recipe = tiny("ssepa", **SWIN, **MEAN)
+    network = build_network(recipe, ("ant",))
+    table = attention_statistics(network, [images(2)], "cpu")
+    assert table.groupby("layer")["head"].count().tolist() == [2, 2, 4, 4]
+    assert table["entropy"].between(0, math.log(64)).all()
+    with pytest.raises(UserError, match="plain ViT"):
+        layer_tokens(network, images(1))
+    assert step_cost(recipe).flops > 3 * recipe.data.batch * network.backbone.flops(32, 32)
 
 
 def test_padding_is_said_once(caplog):
