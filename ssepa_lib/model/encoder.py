@@ -99,6 +99,11 @@ class Encoder(nn.Module):
         """Every block, from the first to the last."""
         return list(self.vit.blocks)
 
+    @property
+    def smallest(self) -> int:
+        """Side of the smallest image that can be encoded, in pixels."""
+        return max(self.patch_size)
+
     def freeze(self) -> None:
         """Train no parameter any more, stay in evaluation mode and build no graph."""
         self.requires_grad_(False)
@@ -118,7 +123,8 @@ class Encoder(nn.Module):
         ph, pw = self.patch_size
         if height < ph or width < pw:
             raise UserError(
-                f"an image of {height}×{width} pixels is smaller than a {ph}×{pw} patch; use a larger one."
+                f"an image of {height}×{width} pixels is smaller than a {ph}×{pw} patch; use a larger one, "
+                "or a larger data.crop, data.eval_size, contrast.local_size, cam.scales or eval.scales."
             )
         return round(height / ph), round(width / pw)
 

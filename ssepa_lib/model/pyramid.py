@@ -65,17 +65,23 @@ class Pyramid(Encoder):
                 module.eval()
         return self
 
+    @property
+    def smallest(self) -> int:
+        """Side of the smallest image that can be encoded, a token of the last stage, in pixels."""
+        return self.stride * self.patch_size[0]
+
     def grid(self, height: int, width: int) -> Grid:
         """Tokens per column and per row of the common grid, multiples of what the last stage merges.
 
         Raises:
             UserError: the image is smaller than a token of the last stage.
         """
-        last = self.stride * self.patch_size[0]
+        last = self.smallest
         if min(height, width) < last:
             raise UserError(
                 f"an image of {height}×{width} pixels is smaller than a {last}×{last} patch of the last "
-                "stage; use a larger one."
+                "stage; use a larger one, or a larger data.crop, data.eval_size, contrast.local_size, "
+                "cam.scales or eval.scales."
             )
         return tuple(self.stride * max(1, round(side / last)) for side in (height, width))
 

@@ -20,6 +20,7 @@ from ssepa_lib.paths import PACKAGE, weights_root
 from ssepa_lib.recipe import ModelConfig
 
 MICRO_WEIGHTS = PACKAGE / "weights" / "vit_micro_shapes.safetensors"
+COUNTS = ("num_batches_tracked", "relative_position_index", "attention_bias_idxs")  # whole numbers in a file
 MICRO = {"swin": "swin_micro_shapes", "efficientformer": "efficientformer_micro_shapes"}  # beside the ViT's
 
 
@@ -46,15 +47,15 @@ def create_vit(config: ModelConfig) -> nn.Module:
     download = path is None and config.weights != "none"
     try:
         vit = _create(config, download)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
-            "model.backbone_args."
-        ) from error
     except OSError as error:  # what a hub download raises without a network
         raise UserError(
             f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
             f"into {weights_root()} or set model.weights."
+        ) from error
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "its arguments do not fit each other")
+        raise UserError(
+            f"model.backbone '{config.backbone}': {reason}; correct it or model.backbone_args."
         ) from error
     if path is not None:
         _load_weights(vit, path, config.backbone)
@@ -90,15 +91,23 @@ def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
     """Load a timm checkpoint, resampling its position embedding to the model's native grid."""
     try:
         state = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(
             f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
         ) from error
+    for key, tensor in state.items():
+        if key.endswith(COUNTS):
+            continue
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"weight file {path}: {key} holds {tensor.dtype} or values that are not finite; fetch a file "
+                "of floating-point weights."
+            )
     try:
         state = _filter_of(vit)({k: v.float() for k, v in state.items()}, vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
         missing = [key for key in missing if not key.endswith("attention_bias_idxs")]  # a constant
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"weight file {path} does not fit the backbone '{name}': "
             f"{str(error).splitlines()[-1].strip()}; correct model.backbone, model.backbone_args or "
