@@ -18,7 +18,7 @@ import torch
 
 from ssepa_lib.device import autocast, describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.backbone import build_backbone
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.history import history_rows
 from ssepa_lib.training.run import RunFolder, find_finished
@@ -66,27 +66,20 @@ class Planned:
 def step_cost(recipe: Recipe) -> Cost:
     """The cost of one step; the passes are those of the table in `methods/step.py`."""
     with torch.device("meta"):
-        encoder = Backbone(replace(recipe.model, weights="none"))
-    matrices = sum(p.numel() for p in encoder.vit.blocks.parameters() if p.ndim == 2)
-
-    def tokens(side: float) -> int:
-        height, width = (max(1, round(side / patch)) for patch in encoder.patch_size)
-        return height * width + encoder.num_prefix_tokens
-
-    def forward(side: float) -> float:
-        return 2 * matrices * tokens(side) + 4 * tokens(side) ** 2 * encoder.width * encoder.depth
-
+        encoder = build_backbone(replace(recipe.model, weights="none"))
     side, batch = recipe.data.crop, recipe.data.batch
-    flops = batch * sum(weight * forward(each) for each, weight in _passes(recipe))
+    flops = batch * sum(weight * encoder.flops(each, each) for each, weight in _passes(recipe))
     parameters = sum(p.numel() for p in encoder.parameters())
-    return Cost(flops, parameters, (batch * tokens(side), encoder.width))
+    height, width = (max(1, round(side / patch)) for patch in encoder.patch_size)
+    tokens = height * width + encoder.num_prefix_tokens
+    return Cost(flops, parameters, (batch * tokens, encoder.width))
 
 
 def _passes(recipe: Recipe) -> Iterable[tuple[float, int]]:
     """Side of an image and 1, or 3 with the backward pass, for every pass of one image in a step."""
     side, contrast = recipe.data.crop, recipe.contrast
     maps = [(scale * side, 1) for scale in recipe.cam.scales for _ in range(1 + recipe.cam.flip)]
-    yield (side, 3)
+    yield (side, 1 if recipe.model.freeze else 3)
     yield from maps
     if recipe.losses.ctc:
         yield (side, 3)
