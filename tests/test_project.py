@@ -17,7 +17,7 @@ from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
 from ssepa_lib.workbook import colab
 from ssepa_lib.workbook.notebooks import discover
 
-NUMBERS = [f"{n:02d}" for n in range(8)]
+NUMBERS = [f"{n:02d}" for n in range(9)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 DOCUMENTS = [*PROJECT.glob("*.md"), PROJECT / "data" / "README.md", PROJECT / "results" / "README.md"]
 pyproject = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
@@ -127,6 +127,7 @@ SECOND_EDITION = {  # number of a notebook → predictions it has at least
     "04": 3,
     "05": 2,
     "07": 2,
+    "08": 2,
 }
 LESSONS = [path for path in FILES if path.stem[:2] in SECOND_EDITION]
 EXPLORER = re.compile(r"\bexplorers\.(\w+)\(")
