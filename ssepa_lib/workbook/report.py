@@ -15,6 +15,7 @@ from ssepa_lib.evaluation.results import describe_size, read_results
 from ssepa_lib.files import write_text
 from ssepa_lib.paths import PROJECT
 from ssepa_lib.workbook.figures.style import method_name
+from ssepa_lib.workbook.lesson import words_page
 from ssepa_lib.workbook.report_page import markdown, notebook_page, page, takeaways_of, title_of
 
 UNFINISHED = ".unfinished"  # in the name of a copy whose notebook failed or was interrupted
@@ -217,7 +218,10 @@ def write_report(preset_folder: Path, run_name: str = "") -> Path:
         f"<h2>mIoU, %</h2>{tables}" if tables else "",
         _figures(folder),
         f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>",
+        '<p><a href="words.html">Words and equations</a>, with the sections that build them</p>',
         f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
     ]
+    nav = '<nav><a href="index.html">Index of the report</a></nav>'
+    write_text(report / "words.html", page("Words and equations", f"{nav}<main>{words_page()}</main>"))
     write_text(report / "index.html", page(title, "".join(parts)))
     return report / "index.html"

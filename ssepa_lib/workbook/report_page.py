@@ -132,6 +132,7 @@ def notebook_page(notebook: Any, title: str, before: str = "", after: str = "") 
     equations = _Equations()
     body, _ = _exporter().from_notebook_node(_prepared(notebook, equations))
     body = equations.give(re.sub(r"<script\b.*?</script>", "", body, flags=re.S | re.I))
+    body = re.sub(r'href="(\d\d_\w+)\.ipynb(?=["#])', r'href="\1.html', body)  # notebooks are pages here
     links = [("index.html", "Index of the report"), (before, "← before"), (after, "next →")]
     nav = "".join(f'<a href="{html.escape(to)}">{text}</a>' for to, text in links if to)
     return page(title, f"<nav>{nav}</nav><main>{body}</main><nav>{nav}</nav>")
