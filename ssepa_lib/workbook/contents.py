@@ -1,0 +1,67 @@
+"""The sections of the notebooks, and links to them."""
+
+import html
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+from ssepa_lib.paths import NOTEBOOKS
+
+
+def headings(path: Path) -> list[str]:
+    """The headings of a notebook's sections, in order: what follows `## ` in its Markdown cells.
+
+    Args:
+        path: an `.ipynb` file.
+    """
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return [found for text in texts for found in re.findall(r"^## (.+)$", text, re.M)]
+
+
+def anchor(heading: str) -> str:
+    """The address of a heading inside its page, the same in JupyterLab and in the report."""
+    return heading.replace(" ", "-")
+
+
+@cache
+def addresses() -> dict[str, str]:
+    """Every place, such as `02` or `02 §3`, with its address as `name of the notebook#anchor`."""
+    found = {}
+    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+        found[path.stem[:2]] = path.stem
+        for heading in headings(path):
+            number = re.match(r"(\d+) ", heading)
+            if number:
+                found[f"{path.stem[:2]} §{number[1]}"] = f"{path.stem}#{anchor(heading)}"
+    return found
+
+
+def places(text: str) -> list[str]:
+    """Every place that a text names: "02 §3, §4; 06" has `02 §3`, `02 §4` and `06`."""
+    found, notebook = [], ""
+    for number, section in re.findall(r"\b(0\d)\b|§(\d+)", text):
+        if number:
+            notebook = number
+            found.append(number)
+        elif found and found[-1] == notebook:
+            found[-1] += f" §{section}"
+        else:
+            found.append(f"{notebook} §{section}")
+    return found
+
+
+def linked(text: str, suffix: str = ".ipynb") -> str:
+    """The places that a text names, as links in HTML; a place that is not there stays a word.
+
+    Args:
+        text: as in `terms`.
+        suffix: of the pages that the links lead to, `.ipynb` or `.html`.
+    """
+    links = []
+    for place in places(text):
+        stem, _, mark = addresses().get(place, "").partition("#")
+        to = html.escape(f"{stem}{suffix}" + (f"#{mark}" if mark else ""))
+        links.append(f'<a href="{to}">{place}</a>' if stem else place)
+    return ", ".join(links)
