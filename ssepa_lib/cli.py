@@ -14,6 +14,7 @@ from ssepa_lib.errors import UserError, nearest
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "workbook": study_commands.workbook,
+    "lesson": study_commands.lesson,
     "train": commands.train,
     "evaluate": commands.evaluate,
     "predict": commands.predict,

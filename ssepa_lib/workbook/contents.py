@@ -3,21 +3,23 @@
 import html
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ssepa_lib.paths import NOTEBOOKS
 
 
-def headings(path: Path) -> list[str]:
-    """The headings of a notebook's sections, in order: what follows `## ` in its Markdown cells.
-
-    Args:
-        path: an `.ipynb` file.
-    """
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+def headings_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The headings of a notebook's sections, in order: what follows `## ` in its Markdown cells."""
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     return [found for text in texts for found in re.findall(r"^## (.+)$", text, re.M)]
+
+
+def headings(path: Path) -> list[str]:
+    """The headings of the sections in an `.ipynb` file."""
+    return headings_of(json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
 def anchor(heading: str) -> str:

@@ -1,0 +1,105 @@
+"""The notebooks for a class: the students' version without solutions, and the version with them.
+
+Both run like the notebooks they come from, with the same parameters. What carries the tag `solution`, code or
+Markdown, is left out for students; guesses and starter cells are theirs to fill in.
+"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssepa_lib.errors import UserError
+from ssepa_lib.files import read_json, write_json, write_text
+from ssepa_lib.workbook.contents import anchor, headings_of
+from ssepa_lib.workbook.notebooks import Notebook
+from ssepa_lib.workbook.report_page import title_of
+
+SOLUTION = "solution"  # tag of a cell
+VERSIONS = {"student": "students' version", "solution": "version with solutions"}  # folder → title
+CHECKSUMS = "checksums.json"  # in the folder of both versions: what was written
+
+
+def _is_solution(cell: Any) -> bool:
+    return SOLUTION in cell.metadata.get("tags", [])
+
+
+def _links(notebook: Any, page: str = "") -> list[str]:
+    """A Markdown link to every section, on this page or on another one."""
+    return [f"[{heading}](<{page}#{anchor(heading)}>)" for heading in headings_of(notebook.cells)]
+
+
+def version_of(notebook: Any, version: str) -> Any:
+    """A notebook as students or as teachers get it, with a table of contents below its title.
+
+    Args:
+        notebook: as `nbformat` reads it; it is not changed.
+        version: `student` or `solution`.
+    """
+    from nbformat.v4 import new_markdown_cell
+
+    made = copy.deepcopy(notebook)
+    cells, number = [], 0
+    for cell in made.cells:
+        if _is_solution(cell) and version == "student":
+            continue
+        if _is_solution(cell) and cell.cell_type == "code":
+            number += 1
+            cell.metadata.pop("jupyter", None)
+            cells.append(new_markdown_cell(f"**Solution {number}**", id=f"{SOLUTION}-{number}"))
+        cells.append(cell)
+    listed = "\n".join(f"- {link}" for link in _links(notebook))
+    cells.insert(1, new_markdown_cell(f"*{VERSIONS[version].capitalize()}*\n\n{listed}", id="contents"))
+    made.cells = cells
+    return made
+
+
+def _contents(version: str, notebooks: Sequence[tuple[Path, Any]]) -> str:
+    """The table of contents of one version as a Markdown page."""
+    lines = [f"# SS-EPA workbook: {VERSIONS[version]}", ""]
+    for path, notebook in notebooks:
+        lines.append(f"- [{path.stem[:2]} {title_of(notebook)}]({path.name})")
+        lines += [f"  - {link}" for link in _links(notebook, path.name)]
+    return "\n".join(lines) + "\n"
+
+
+def _checksum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def write_lesson(notebooks: Sequence[Notebook], out: Path) -> list[Path]:
+    """Write both versions and their tables of contents; returns the folders.
+
+    A file that somebody has changed, or run, since it was written is never replaced; then nothing is written.
+
+    Args:
+        notebooks: the chosen ones.
+        out: gets the folders `student` and `solution`.
+
+    Raises:
+        UserError: a file was changed, or `out` is a file.
+    """
+    import nbformat
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder with --out.")
+    read = [(notebook.path, nbformat.read(notebook.path, as_version=4)) for notebook in notebooks]
+    texts = {}
+    for version in VERSIONS:
+        for path, notebook in read:
+            texts[f"{version}/{path.name}"] = nbformat.writes(version_of(notebook, version)) + "\n"
+        texts[f"{version}/contents.md"] = _contents(version, read)
+    sums = {name: _checksum(text.encode()) for name, text in texts.items()}
+    before = read_json(out / CHECKSUMS, "the checksums of a lesson") if (out / CHECKSUMS).exists() else {}
+    for name in texts:
+        file = out / name
+        if file.exists() and _checksum(file.read_bytes()) not in (sums[name], before.get(name)):
+            raise UserError(
+                f"{file} has been changed or run since it was written; move it away, or write to another "
+                "folder with --out."
+            )
+    for name, text in texts.items():
+        write_text(out / name, text)
+    write_json(out / CHECKSUMS, before | sums)
+    return [out / version for version in VERSIONS]
