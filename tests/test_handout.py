@@ -31,12 +31,12 @@ def code(notebook):
 def test_no_solution_leaks_into_the_students_version(path):
     """Neither a cell, nor a line of one that stands nowhere else, nor a text that speaks of the solution."""
     notebook, student, _ = versions(path)
-    kept = [cell for cell in notebook.cells if not handout._is_solution(cell)]
+    kept = [cell for cell in notebook.cells if not handout.is_solution(cell)]
     shared = {line.strip() for cell in kept for line in cell.source.splitlines()}
     own = {
         line.strip()
         for cell in notebook.cells
-        if handout._is_solution(cell)
+        if handout.is_solution(cell)
         for line in cell.source.splitlines()
     }
     given = {line.strip() for cell in student.cells for line in cell.source.splitlines()}
@@ -93,7 +93,7 @@ def small_notebook():
         "value = 6.0 * number\nassert value == 42",
         metadata={"tags": ["solution"], "jupyter": {"source_hidden": True}},
     )
-    about = new_markdown_cell("The answer multiplies by six.", metadata={"tags": ["solution"]})
+    about = new_markdown_cell("The solution multiplies by six.")
     return new_notebook(
         cells=[
             new_markdown_cell("# A question"),
@@ -123,8 +123,11 @@ def test_the_students_version_runs_with_parameters(tmp_path):
 def test_the_solution_is_marked_and_the_contents_are_linked():
     made = handout.version_of(small_notebook(), "solution")
     sources = [cell.source for cell in made.cells]
-    assert sources[sources.index("**Solution 1**") + 1].startswith("value = 6")
-    assert "jupyter" not in made.cells[sources.index("**Solution 1**") + 1].metadata
+    start = sources.index("**Solution 1**")
+    assert sources[start + 1] == "The solution multiplies by six." and sources[start + 2].startswith(
+        "value = 6"
+    )
+    assert "jupyter" not in made.cells[start + 2].metadata and sources.count("**Solution 1**") == 1
     assert "[1 Look (Eq. 1)](<#1-Look-(Eq.-1)>)" in sources[1]
 
 

@@ -1,7 +1,7 @@
 """The notebooks for a class: the students' version without solutions, and the version with them.
 
-Both run like the notebooks they come from, with the same parameters. What carries the tag `solution`, code or
-Markdown, is left out for students; guesses and starter cells are theirs to fill in.
+Both run like the notebooks they come from, with the same parameters. Cells with the tag `solution`, and texts
+that begin with "The solution", are left out for students; guesses and starter cells are theirs to fill in.
 """
 
 import copy
@@ -21,8 +21,10 @@ VERSIONS = {"student": "students' version", "solution": "version with solutions"
 CHECKSUMS = "checksums.json"  # in the folder of both versions: what was written
 
 
-def _is_solution(cell: Any) -> bool:
-    return SOLUTION in cell.metadata.get("tags", [])
+def is_solution(cell: Any) -> bool:
+    """Whether a cell is a solution, or a text about one."""
+    about = cell.cell_type == "markdown" and cell.source.startswith(f"The {SOLUTION}")
+    return about or SOLUTION in cell.metadata.get("tags", [])
 
 
 def _links(notebook: Any, page: str = "") -> list[str]:
@@ -42,11 +44,12 @@ def version_of(notebook: Any, version: str) -> Any:
     made = copy.deepcopy(notebook)
     cells, number = [], 0
     for cell in made.cells:
-        if _is_solution(cell) and version == "student":
+        if is_solution(cell) and version == "student":
             continue
-        if _is_solution(cell) and cell.cell_type == "code":
-            number += 1
+        if is_solution(cell):
             cell.metadata.pop("jupyter", None)
+        if is_solution(cell) and not is_solution(cells[-1]):
+            number += 1
             cells.append(new_markdown_cell(f"**Solution {number}**", id=f"{SOLUTION}-{number}"))
         cells.append(cell)
     listed = "\n".join(f"- {link}" for link in _links(notebook))

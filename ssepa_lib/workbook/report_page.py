@@ -18,8 +18,7 @@ _CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- block any_cell -%}
 {%- if 'colab' in cell.metadata.get('tags', []) -%}
 {%- elif 'solution' in cell.metadata.get('tags', []) -%}
-<details><summary>{{ 'Solution' if cell.cell_type == 'code' else 'About the solution' }}</summary>
-{{ super() }}</details>
+<details><summary>Solution</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock any_cell -%}"""
 _MATH = re.compile(
