@@ -14,6 +14,7 @@ from ssepa_lib.device import cores, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.inference import Prediction, Progress, infer
 from ssepa_lib.evaluation.multiscale import top_class
+from ssepa_lib.evaluation.provenance import Pixels
 from ssepa_lib.evaluation.results import (
     MAPS,
     OUTPUTS,
@@ -36,7 +37,7 @@ from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.labels.refine import Refiner
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.training.run import RunFolder
+from ssepa_lib.training.run import RunFolder, fingerprint
 
 THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 
@@ -147,7 +148,8 @@ def _stored(
     whole = not images or len(dataset) == len(measured_split(recipe, split))
     name = result_name(dataset.split, None if whole else len(dataset), other_size)
     known = read_results(run.path).get(name)
-    return recipe, dataset, name, known, current_columns(known, recipe, len(dataset)) if known else set()
+    there = current_columns(known, recipe, len(dataset), run.fingerprint()) if known else set()
+    return recipe, dataset, name, known, there
 
 
 def refined_mious(
@@ -239,7 +241,7 @@ def _score(
     wanted = [column for column in columns if refined or not column.startswith("refined_cam")]
     outputs, modes = zip(*map(split_column, wanted), strict=True) if wanted else ((), ())
     counts = _Counts(wanted, dataset.classes, recipe.cam.background, device)
-    scores, truth = [], []
+    scores, truth, pixels = [], [], Pixels()
 
     def crf_jobs() -> Iterator[tuple]:
         for prediction in infer(
@@ -248,13 +250,16 @@ def _score(
             mask = _mask(prediction, dataset).to(device)
             scores.append(prediction.scores.cpu())
             truth.append(prediction.label.cpu())
+            pixels.add(prediction.id, prediction.input, prediction.label, prediction.mask)
             yield from _count(counts, wanted, prediction, mask)
 
     for labels, rest in crf_pool(crf_jobs(), processes or cores()):
         column, channels, mask, band = rest
         counts.add_labels(column, channels[torch.from_numpy(labels).long().to(device)], mask, band)
     return {
-        "setting": build_setting(recipe, dataset, device, wanted),
+        "setting": build_setting(
+            recipe, dataset, device, wanted, fingerprint(network.state_dict()), pixels.fingerprint()
+        ),
         **counts.result(columns),
         "mean_average_precision": mean_average_precision(torch.stack(scores), torch.stack(truth)),
     }

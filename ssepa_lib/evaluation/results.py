@@ -14,6 +14,7 @@ import torch
 from ssepa_lib.data import SegmentationDataset
 from ssepa_lib.device import describe_device
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.provenance import commit, training_settings, versions
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder
 
@@ -59,9 +60,19 @@ def split_column(column: str) -> tuple[str, str]:
 
 
 def build_setting(
-    recipe: Recipe, dataset: SegmentationDataset, device: torch.device, columns: Sequence[str]
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    device: torch.device,
+    columns: Sequence[str],
+    weights: str,
+    pixels: str,
 ) -> dict[str, Any]:
-    """Everything a number depends on, ready for JSON."""
+    """Everything a number depends on, ready for JSON.
+
+    Args:
+        weights: `training.run.fingerprint` of the network.
+        pixels: `Pixels.fingerprint` of the images, labels and masks.
+    """
     parts = recipe.name.split("/")
     composed = len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml"))
     return {
@@ -80,6 +91,11 @@ def build_setting(
         "backbone": recipe.model.backbone,
         "device": describe_device(device),
         "recipe_hash": recipe.hash(),
+        "training": training_settings(recipe),
+        "weights": weights,
+        "pixels": pixels,
+        "versions": versions(),
+        "commit": commit(),
         "outputs": {column: _view(column, recipe) for column in columns},
     }
 
@@ -93,13 +109,19 @@ def _view(column: str, recipe: Recipe) -> dict[str, Any]:
     return {"scales": list(several.scales), "flip": several.flip, "crf": mode == "ms_crf"}
 
 
-def current_columns(result: dict, recipe: Recipe, images: int) -> set[str]:
+def current_columns(result: dict, recipe: Recipe, images: int, weights: str | None = None) -> set[str]:
     """Columns of a stored result that an evaluation of the recipe would give again.
 
     The training, number of images, size and background threshold must be the recipe's, for a column also
     its scales, flip and CRF.
+
+    Args:
+        weights: fingerprint of the weights there are; a result that was measured on others has no columns.
+            None, or a result of an earlier version, which has no fingerprint: not compared.
     """
     setting = result["setting"]
+    if weights is not None and setting.get("weights", weights) != weights:
+        return set()
     now = {
         "recipe_hash": recipe.hash(),
         "images": images,

@@ -5,12 +5,15 @@ what was measured in `metrics.json`.
 """
 
 import csv
+import hashlib
 import json
 import os
 import pickle  # only to name the exception of an unreadable file
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,25 @@ from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
 
 METRICS_FORMAT = 2
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits that tell weights apart: SHA-256 over names, types, shapes and values, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def _file_fingerprint(path: Path, size: int, changed: int) -> str | None:
+    """`fingerprint` of a file of this size, last changed then (in nanoseconds); None if it is unreadable."""
+    try:
+        return fingerprint(load_file(path))
+    except (SafetensorError, OSError):
+        return None
 
 
 class RunFolder:
@@ -66,6 +88,13 @@ class RunFolder:
                 return file.metadata() or {}
         except SafetensorError:
             return None
+
+    def fingerprint(self) -> str | None:
+        """`fingerprint` of the final weights; None without a readable file."""
+        if not self.weights.is_file():
+            return None
+        found = self.weights.stat()
+        return _file_fingerprint(self.weights.resolve(), found.st_size, found.st_mtime_ns)
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the folder holds the final weights of this recipe, under today's field names or older

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ssepa_lib.evaluation.provenance import commit
 from ssepa_lib.evaluation.results import describe_size, read_results
 from ssepa_lib.files import write_text
-from ssepa_lib.paths import PROJECT
 from ssepa_lib.workbook.figures.style import method_name
 from ssepa_lib.workbook.lesson import words_page
 from ssepa_lib.workbook.report_page import markdown, notebook_page, page, takeaways_of, title_of
@@ -184,12 +183,7 @@ def _origin() -> str:
     """Environment, date and commit of this report."""
     from ssepa_lib.workbook.study import environment
 
-    asked = ["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{environment('auto')}; {datetime.now():%Y-%m-%d %H:%M}; commit {commit}"
+    return f"{environment('auto')}; {datetime.now():%Y-%m-%d %H:%M}; commit {commit()}"
 
 
 def write_report(preset_folder: Path, run_name: str = "") -> Path:
