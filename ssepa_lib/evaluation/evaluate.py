@@ -1,6 +1,7 @@
 """Evaluate a network on a split with masks; evaluate a finished run once, column by column."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ssepa_lib.evaluation.scores import (
     boundary_band,
     mean_average_precision,
 )
+from ssepa_lib.files import FolderLock, remove_parts
 from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.labels.refine import Refiner
 from ssepa_lib.model.network import Network
@@ -107,17 +109,26 @@ def evaluate_run(
 
     Returns:
         The result of that split with every column known so far, see `evaluate`.
+
+    Raises:
+        FolderInUse: another process evaluates this run.
+        UserError: see `evaluate` and `RunFolder.load`.
     """
-    run = RunFolder(folder)
-    recipe, dataset, name, known, there = _stored(run, split, images, size)
-    missing = [column for column in column_names(outputs, test_time) if column not in there]
-    if known and not missing:
+    columns, run = column_names(outputs, test_time), RunFolder(folder)
+    known = stored_result(folder, split, images=images, size=size, outputs=outputs, test_time=test_time)
+    if known:
         return known
     network, _ = run.load(device)
-    result = _score(network, recipe, dataset, missing, resolve_device(device), processes, progress)
-    if there:
-        result = merge_results(known, result)
-    run.write_metrics(name, result)
+    with FolderLock(run.path, ".evaluation.lock"):
+        remove_parts(run.metrics)
+        recipe, dataset, name, known, there = _stored(run, split, images, size)
+        missing = [column for column in columns if column not in there]
+        if known and not missing:  # another process has just measured it
+            return known
+        result = _score(network, recipe, dataset, missing, resolve_device(device), processes, progress)
+        if there:
+            result = merge_results(known, result)
+        run.write_metrics(name, result)
     return result
 
 
@@ -253,9 +264,9 @@ def _score(
             pixels.add(prediction.id, prediction.input, prediction.label, prediction.mask)
             yield from _count(counts, wanted, prediction, mask)
 
-    for labels, rest in crf_pool(crf_jobs(), processes or cores()):
-        column, channels, mask, band = rest
-        counts.add_labels(column, channels[torch.from_numpy(labels).long().to(device)], mask, band)
+    with closing(crf_pool(crf_jobs(), processes or cores())) as labelled:
+        for labels, (column, channels, mask, band) in labelled:
+            counts.add_labels(column, channels[torch.from_numpy(labels).long().to(device)], mask, band)
     return {
         "setting": build_setting(
             recipe, dataset, device, wanted, fingerprint(network.state_dict()), pixels.fingerprint()

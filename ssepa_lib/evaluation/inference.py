@@ -4,7 +4,7 @@ Evaluation, predictions, pseudo-labels, the submission and the studies all consu
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 
@@ -181,8 +181,9 @@ def label_maps(
             image, probabilities, channels = p.crf_job(output)
             yield image, probabilities, (p.id, p.image, channels.byte().cpu().numpy())
 
-    for labels, (id, image, channels) in crf_pool(jobs(), processes or cores()):
-        yield id, image, channels[labels]
+    with closing(crf_pool(jobs(), processes or cores())) as labelled:
+        for labels, (id, image, channels) in labelled:
+            yield id, image, channels[labels]
 
 
 class _WithOriginals(SegmentationDataset):
