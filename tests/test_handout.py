@@ -163,6 +163,11 @@ def test_bad_input_of_the_command_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["lesson", "--only", "55"]) == 2 and "no notebook '55'" in capsys.readouterr().err
     assert main(["lesson", "--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'file'} is a file; name a folder with --out.\n"
+    assert capsys.readouterr().err.startswith(
+        f"error: {tmp_path / 'file'} is a file, but results need a folder"
+    )
+    (tmp_path / "checksums.json").write_text("[]")
+    assert main(["lesson", "--out", str(tmp_path)]) == 2
+    assert "checksums.json does not hold the checksums of a lesson; delete it" in capsys.readouterr().err
     assert main(["lesson", "--only", "07", "--out", str(tmp_path / "class")]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "class" / v) for v in ("student", "solution")]

@@ -1,7 +1,6 @@
 """The sections of the notebooks, and links to them."""
 
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssepa_lib.paths import NOTEBOOKS
+from ssepa_lib.readers import read_json
 
 
 def headings_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -19,7 +19,7 @@ def headings_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def headings(path: Path) -> list[str]:
     """The headings of the sections in an `.ipynb` file."""
-    return headings_of(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    return headings_of(read_json(path, "a notebook")["cells"])
 
 
 def anchor(heading: str) -> str:

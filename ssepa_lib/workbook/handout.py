@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import read_json, write_json, write_text
+from ssepa_lib.files import require_place, write_json, write_text
+from ssepa_lib.readers import read_json
 from ssepa_lib.workbook.contents import anchor, headings_of
 from ssepa_lib.workbook.notebooks import Notebook
 from ssepa_lib.workbook.report_page import title_of
@@ -71,6 +72,16 @@ def _checksum(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
+def _checksums(file: Path) -> dict[str, str]:
+    """Name → checksum of what was written before."""
+    before = read_json(file, "the checksums of a lesson") if file.exists() else {}
+    if not isinstance(before, dict):
+        raise UserError(
+            f"{file} does not hold the checksums of a lesson; delete it, or choose another --out."
+        )
+    return before
+
+
 def write_lesson(notebooks: Sequence[Notebook], out: Path) -> list[Path]:
     """Write both versions and their tables of contents; returns the folders.
 
@@ -81,12 +92,11 @@ def write_lesson(notebooks: Sequence[Notebook], out: Path) -> list[Path]:
         out: gets the folders `student` and `solution`.
 
     Raises:
-        UserError: a file was changed, or `out` is a file.
+        UserError: a file was changed, or `out` cannot be written to.
     """
     import nbformat
 
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder with --out.")
+    require_place(out)
     read = [(notebook.path, nbformat.read(notebook.path, as_version=4)) for notebook in notebooks]
     texts = {}
     for version in VERSIONS:
@@ -94,7 +104,7 @@ def write_lesson(notebooks: Sequence[Notebook], out: Path) -> list[Path]:
             texts[f"{version}/{path.name}"] = nbformat.writes(version_of(notebook, version)) + "\n"
         texts[f"{version}/contents.md"] = _contents(version, read)
     sums = {name: _checksum(text.encode()) for name, text in texts.items()}
-    before = read_json(out / CHECKSUMS, "the checksums of a lesson") if (out / CHECKSUMS).exists() else {}
+    before = _checksums(out / CHECKSUMS)
     for name in texts:
         file = out / name
         if file.exists() and _checksum(file.read_bytes()) not in (sums[name], before.get(name)):
