@@ -55,27 +55,6 @@ def workbook(
     return run_workbook(preset, list(only), start, pairs(parameter), yes=yes)
 
 
-def lesson(
-    *,
-    only: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NN")] = (),
-    out: AnyFolder = None,
-) -> None:
-    """Write the notebooks for a class, once without and once with solutions.
-
-    Example: python -m ssepa_lib lesson --only 00 --only 02
-
-    Args:
-        only: Write only this notebook.
-        out: By default results/lesson.
-    """
-    from ssepa_lib.paths import results_root
-    from ssepa_lib.workbook.handout import write_lesson
-    from ssepa_lib.workbook.notebooks import discover, select
-
-    for folder in write_lesson(select(discover(), list(only)), out or results_root() / "lesson"):
-        print(folder)
-
-
 def notebook_parameters() -> str:
     """What `-p` can set, for the help of `workbook`."""
     from ssepa_lib.workbook.notebooks import describe_parameters, discover
