@@ -169,7 +169,7 @@ def test_every_equation_is_named_where_it_is_built(key):
     equation = EQUATIONS[key]
     for number in {place[:2] for place in contents.places(equation.place)}:
         cells = json.loads(next(NOTEBOOKS.glob(f"{number}_*.ipynb")).read_text())["cells"]
-        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        text = "\n".join("".join(cell["source"]) for cell in cells)
         text = re.sub(r"(\d) to (\d)", lambda m: " ".join(map(str, range(int(m[1]), int(m[2]) + 1))), text)
         for word in named(key, equation):
             assert re.search(word, text, re.I), f"{number} does not name {word}"
