@@ -15,6 +15,7 @@ from ssepa_lib.labels.cam import cam_to_label
 from ssepa_lib.model import HAAF, PatchAffinity
 from ssepa_lib.paths import NOTEBOOKS
 from ssepa_lib.workbook import contents, lesson
+from ssepa_lib.workbook.report_page import linked
 from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY
 
 
@@ -143,15 +144,16 @@ def test_every_word_is_one_sentence_and_every_place_is_a_section():
 
 def test_links_lead_to_sections():
     assert contents.places("02 §3, §4; 06 and 07 §1") == ["02 §3", "02 §4", "06", "07 §1"]
-    shown = contents.linked("02 §2, 99 §1, 03")
+    shown = contents.links("02 §2, 99 §1, 03")
     assert shown.startswith('<a href="02_method.ipynb#2-Attention-is-a-kernel-(Eq.-4)">02 §2</a>, ')
     assert shown.endswith(', <a href="03_training.ipynb">03</a>')
-    assert contents.linked("09 §1") == "09 §1"
+    assert contents.links("09 §1") == "09 §1"
     for page in (lesson.glossary().data, lesson.equations().data, lesson.words_page()):
-        for stem, suffix, mark in re.findall(r'href="(\w+)(\.\w+)#?([^"]*)"', page):
+        for stem, mark in re.findall(r'href="(\w+)\.ipynb#?([^"]*)"', page):
             titles = contents.headings(NOTEBOOKS / f"{stem}.ipynb")
             assert not mark or html.unescape(mark) in [contents.anchor(title) for title in titles]
-            assert suffix == (".html" if page == lesson.words_page() else ".ipynb")
+    in_report = linked(lesson.words_page(), ["02_method.html"])
+    assert 'href="02_method.html#2-Attention' in in_report and "01_data" not in in_report
 
 
 def named(key, equation):

@@ -222,6 +222,7 @@ def test_the_readme_lists_every_method_folder_and_notebook():
     for method in (RECIPES / "method").glob("*.yaml"):
         assert f"| `{method.stem}` |" in README
     assert not [name for name in LAYERS if f"`{name}/`" not in README]
+    assert {9: "Nine", 10: "Ten"}[len(notebooks.discover())] + " notebooks follow" in README
     assert not [n.name for n in notebooks.discover() if f"(notebooks/{n.path.name})" not in README]
 
 

@@ -54,16 +54,11 @@ def places(text: str) -> list[str]:
     return found
 
 
-def linked(text: str, suffix: str = ".ipynb") -> str:
-    """The places that a text names, as links in HTML; a place that is not there stays a word.
-
-    Args:
-        text: as in `terms`.
-        suffix: of the pages that the links lead to, `.ipynb` or `.html`.
-    """
-    links = []
+def links(text: str) -> str:
+    """The places that a text names, as links in HTML; a place that is not there stays a word."""
+    made = []
     for place in places(text):
         stem, _, mark = addresses().get(place, "").partition("#")
-        to = html.escape(f"{stem}{suffix}" + (f"#{mark}" if mark else ""))
-        links.append(f'<a href="{to}">{place}</a>' if stem else place)
-    return ", ".join(links)
+        to = html.escape(f"{stem}.ipynb" + (f"#{mark}" if mark else ""))
+        made.append(f'<a href="{to}">{place}</a>' if stem else place)
+    return ", ".join(made)

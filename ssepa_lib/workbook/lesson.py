@@ -29,7 +29,7 @@ from ssepa_lib.evaluation.attention import patch_distances
 from ssepa_lib.evaluation.maps import PARTS, mass_by_part
 from ssepa_lib.labels.crf import crf_available
 from ssepa_lib.paths import PACKAGE
-from ssepa_lib.workbook.contents import linked
+from ssepa_lib.workbook.contents import links
 from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY, Equation
 
 PAGE = 25  # lines of source that a reader takes in at once
@@ -241,8 +241,8 @@ def _unit(cam: Tensor) -> Tensor:
     return (cam - cam.min()) / (cam.max() - cam.min()).clamp_min(1e-12)
 
 
-def _words(terms: Iterable[str], suffix: str = ".ipynb") -> str:
-    rows = [[term, GLOSSARY[term].meaning, HTML(linked(GLOSSARY[term].place, suffix))] for term in terms]
+def _words(terms: Iterable[str]) -> str:
+    rows = [[term, GLOSSARY[term].meaning, HTML(links(GLOSSARY[term].place))] for term in terms]
     return _table(["word", "meaning", "built in"], rows)
 
 
@@ -259,8 +259,8 @@ def glossary(*terms: str) -> HTML:
     return HTML(f"<details><summary>Glossary: {len(chosen)} words</summary>{_words(chosen)}</details>")
 
 
-def _functions(chosen: Iterable[Equation], suffix: str = ".ipynb") -> str:
-    rows = [[e.where, e.says, ", ".join(e.functions), HTML(linked(e.place, suffix))] for e in chosen]
+def _functions(chosen: Iterable[Equation]) -> str:
+    rows = [[e.where, e.says, ", ".join(e.functions), HTML(links(e.place))] for e in chosen]
     return _table(["where", "what it says", "function in ssepa_lib", "built in"], rows)
 
 
@@ -277,8 +277,8 @@ def equations(*numbers: str) -> HTML:
 
 
 def words_page() -> str:
-    """The glossary and the equations as HTML, with links to the pages of the report."""
-    words, functions = _words(GLOSSARY, ".html"), _functions(dict.fromkeys(EQUATIONS.values()), ".html")
+    """The glossary and the equations as HTML, with links to the notebooks."""
+    words, functions = _words(GLOSSARY), _functions(dict.fromkeys(EQUATIONS.values()))
     return f"<h1>Words and equations</h1><h2>Words</h2>{words}<h2>Equations</h2>{functions}"
 
 

@@ -1,6 +1,6 @@
 """The words and equations of the workbook, and where each of them is built.
 
-A place is a notebook and, after §, its sections: `02 §3`. `contents.linked` turns it into links.
+A place is a notebook and, after §, its sections: `02 §3`. `contents.links` turns it into links.
 """
 
 from typing import NamedTuple
@@ -43,6 +43,9 @@ GLOSSARY = {
         "A block of the transformer is one layer of attention with the small network that follows it.",
         "03 §1",
     ),
+    "bootstrap": Term(
+        "A bootstrap draws images again and again, with replacement, to see how far a number moves.", "08 §5"
+    ),
     "CAM": Term("A class activation map is the classifier's score of every single patch.", "00 §4, 02 §1"),
     "class token": Term(
         "The class token is an extra token in which the backbone collects the whole image.", "02 §2, 05 §6"
@@ -71,6 +74,9 @@ GLOSSARY = {
     "entropy": Term("The entropy of a row of attention says how widely it is spread, in nats.", "05 §1"),
     "flip": Term(
         "A flip exchanges left and right of an image; maps of the image and of its flip are merged.", "02 §7"
+    ),
+    "flip consistency": Term(
+        "The flip consistency of a map is its agreement with the map of the flipped image.", "08 §4"
     ),
     "floor": Term(
         "The floor of a map is its median on the background, divided by its maximum.", "02 §6, 04 §9"
