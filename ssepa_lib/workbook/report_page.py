@@ -133,10 +133,10 @@ def linked(body: str, pages: Sequence[str]) -> str:
     """Links to notebooks as links to their pages, or as plain text where this report has no such page."""
 
     def link(match: re.Match) -> str:
-        page = f"{match[1]}.html"
-        return f'<a href="{page}">{match[2]}</a>' if page in pages else match[2]
+        page, section = f"{match[1]}.html", match[2] or ""
+        return f'<a href="{page}{section}">{match[3]}</a>' if page in pages else match[3]
 
-    return re.sub(r'<a href="(\d\d_\w+)\.ipynb"[^>]*>(.*?)</a>', link, body, flags=re.S)
+    return re.sub(r'<a href="(\d\d_\w+)\.ipynb(#[^"]*)?"[^>]*>(.*?)</a>', link, body, flags=re.S)
 
 
 def notebook_page(
