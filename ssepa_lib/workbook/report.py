@@ -14,6 +14,7 @@ import numpy as np
 from ssepa_lib.evaluation.results import describe_size, read_results
 from ssepa_lib.files import write_text
 from ssepa_lib.paths import PROJECT
+from ssepa_lib.workbook import exhibits
 from ssepa_lib.workbook.figures.style import method_name
 from ssepa_lib.workbook.report_page import markdown, notebook_page, page, takeaways_of, title_of
 
@@ -217,7 +218,9 @@ def write_report(preset_folder: Path, run_name: str = "") -> Path:
         f"<h2>mIoU, %</h2>{tables}" if tables else "",
         _figures(folder),
         f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>",
+        f'<p><a href="{exhibits.PAGE}">{exhibits.TITLE}</a>: what each is made by.</p>',
         f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
     ]
+    write_text(report / exhibits.PAGE, exhibits.exhibits_page(report, preset_folder.name))
     write_text(report / "index.html", page(title, "".join(parts)))
     return report / "index.html"

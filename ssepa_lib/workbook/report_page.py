@@ -16,6 +16,7 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{ti
 """
 _CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- block any_cell -%}
+{%- for tag in cell.metadata.get('tags', []) if '-' in tag %}<a id="{{ tag | e }}"></a>{% endfor -%}
 {%- if 'solution' in cell.metadata.get('tags', []) -%}
 <details><summary>Solution</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}

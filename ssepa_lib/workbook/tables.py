@@ -9,7 +9,7 @@ import pandas as pd
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.results import read_results
-from ssepa_lib.paths import PROJECT
+from ssepa_lib.paths import PROJECT, RECIPES
 
 
 def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
@@ -135,6 +135,19 @@ def committed(name: str) -> pd.DataFrame:
         UserError: it is not there.
     """
     return pd.read_csv(_committed_file(name))
+
+
+def evidence() -> pd.DataFrame:
+    """Every run whose results come with the project, in the columns of `collect_runs`.
+
+    They lie in the folders of `results/` that have a README and not the name of a preset, whose folder holds
+    a user's own runs. New folders count by themselves. A run that several folders hold is taken once.
+    """
+    presets = {path.stem for path in (RECIPES / "data").glob("*.yaml")}
+    folders = [path.parent for path in sorted((PROJECT / "results").glob("*/README.md"))]
+    found = [collect_runs(folder) for folder in folders if folder.name not in presets]
+    runs = pd.concat([table for table in found if len(table)], ignore_index=True)
+    return runs.drop_duplicates(["preset", "split", "recipe_hash"], ignore_index=True)
 
 
 def benchmark(name: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ are given, or on new ones, and return them; none of them calls `show`. The style
 
 from ssepa_lib.workbook.figures.curves import plot_learning_curves, plot_scaling_curves, plot_threshold_curve
 from ssepa_lib.workbook.figures.data import plot_card, plot_parts, plot_samples
+from ssepa_lib.workbook.figures.forest import plot_forest
 from ssepa_lib.workbook.figures.heads import (
     head_colours,
     plot_claim,
@@ -61,6 +62,7 @@ __all__ = [
     "plot_cam_grid",
     "plot_class_scores",
     "plot_crop_views",
+    "plot_forest",
     "plot_haaf_objectives",
     "head_colours",
     "plot_claim",
