@@ -227,6 +227,26 @@ def test_a_claim_joins_the_runs_of_one_seed():
     assert [text.get_text() for text in ax.texts] == ["0", "1"]
 
 
+def test_forest_puts_published_above_ours():
+    rows = [
+        ("a − b", "x", "ours", 0, 4.0),
+        ("a − b", "x", "ours", 1, 6.0),
+        ("a − b", "x", "published", -1, 0.5),
+    ]
+    rows.append(("c − b", "y", "ours", 0, -3.0))
+    table = pd.DataFrame(rows, columns=["comparison", "measure", "source", "seed", "difference"])
+    axes = figures.plot_forest(table, {"x": 1.1, "y": 0.2})
+    points = {
+        line.get_marker(): line.get_xydata().tolist()
+        for line in axes["x"].lines
+        if line.get_marker() != "None"
+    }
+    assert points["D"] == [[0.5, 0]] and points["s"] == [[5.0, 1]] and points["."] == [[4.0, 1], [6.0, 1]]
+    assert [text.get_text() for text in axes["x"].get_yticklabels()] == ["a − b", "c − b"]
+    assert axes["x"].yaxis_inverted() and axes["x"].get_xscale() == "symlog"
+    plt.close("all")
+
+
 def test_compare_runs_shows_means_and_seeds():
     runs = pd.DataFrame(
         {

@@ -117,6 +117,7 @@ SECOND_EDITION = {  # number of a notebook → predictions it has at least
     "03": 2,
     "04": 3,
     "05": 2,
+    "06": 2,
     "07": 2,
 }
 LESSONS = [path for path in FILES if path.stem[:2] in SECOND_EDITION]

@@ -7,6 +7,7 @@ in it is compared with ToCo, one that is composed (`fsr+ssepa_plus`) with its la
 import itertools
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
@@ -17,10 +18,15 @@ from IPython.display import HTML
 from torch import Tensor
 
 from ssepa_lib.compose import method_title
+from ssepa_lib.data import SegmentationDataset
+from ssepa_lib.evaluation import evaluate
 from ssepa_lib.evaluation.attention import attention_entropy
-from ssepa_lib.labels import Refiner
-from ssepa_lib.model import Attention, PatchAffinity
+from ssepa_lib.labels import Refiner, multi_scale_cam
+from ssepa_lib.model import Attention, Network, PatchAffinity
+from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook import lesson
+from ssepa_lib.workbook.haaf_study import uniform_refiner
+from ssepa_lib.workbook.study import samples
 
 BASE = "toco"
 COMPARED = {
@@ -35,6 +41,14 @@ SHORT = {
     "ssepa_affinity": "plain affinity",
     "ssepa": "HAAF",
 }  # method → a word for the axis of a figure
+PLACES = {
+    "every scale, 1 time": {},
+    "every scale, 2 times": {"iterations": 2},
+    "once on the sum, 1 time": {"per_scale": False},
+    "once on the sum, 2 times": {"per_scale": False, "iterations": 2},
+    "once on the sum, 3 times": {"per_scale": False, "iterations": 3},
+    "every scale, 1 time, auxiliary map too": {"auxiliary": True},
+}  # where the affinity acts → fields of its settings
 MEASURES = {"pseudo-label": ("train", "pseudo_label"), "segmentation": ("val", "segmentation")}
 
 
@@ -195,3 +209,33 @@ def row_sums(attention: Attention) -> pd.DataFrame:
             row |= {name: float(sums.mean()), f"{name} sd": float(sums.std())}
         rows.append(row)
     return pd.DataFrame(rows).rename_axis("layer")
+
+
+@torch.no_grad()
+def where_it_acts(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.DataFrame:
+    """Maps of one network with the uniform mean applied in several places, at all scales with flip.
+
+    Returns:
+        One row per place; mIoU in percent of the `refined map` and the `auxiliary map`, and `ms per image`,
+        the time of making both maps of four images (the quicker of two tries).
+    """
+    device = network.classifier.weight.device
+    side = recipe.data.eval_size or recipe.data.crop
+    pixels, labels, _ = samples(dataset, range(min(4, len(dataset))), side)
+    pixels, labels, rows = pixels.to(device), labels.to(device), {}
+    for name, fields in PLACES.items():
+        refiner = uniform_refiner(recipe.affinity, **fields)
+        changed = replace(recipe, affinity=refiner.config)
+        outputs = ("aux_cam", "refined_cam")
+        found = evaluate(network, changed, dataset, device=device, outputs=outputs, test_time=("ms",))["miou"]
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            multi_scale_cam(network, pixels, labels, recipe.cam, refiner).for_labels.sum().item()
+            seconds.append(time.perf_counter() - began)
+        rows[name] = {
+            "refined map": found["refined_cam_ms"],
+            "auxiliary map": found["aux_cam_ms"],
+            "ms per image": 1000 * min(seconds) / len(pixels),
+        }
+    return pd.DataFrame(rows).T.rename_axis("affinity")

@@ -68,7 +68,7 @@ EXHIBITS = (
         "backbones",
         "06_ablations",
         "published rows",
-        '-p \'methods=["toco/vit_small_depth8","ssepa/vit_small_depth8"]\'',
+        '-p \'table_5=["toco/vit_small_depth8","ssepa/vit_small_depth8"]\'',
     ),
     Exhibit(
         "fsr-overview", "FSR, overview", "teacher, student and masks", "03_training", "settings of the run"
@@ -152,8 +152,8 @@ def exhibits_page(report: Path, preset: str) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("what", "shows", "beside ours", "made by", "command"))
     table = f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
     note = (
-        "Ours are made from the runs of the preset; a command trains what is missing and says beforehand how long "
-        "that takes. Published numbers stand in the tables themselves, with the setting of every row."
+        "Ours are made from the runs of the preset; a command trains what is missing and says beforehand how "
+        "long that takes. Published numbers stand in the tables themselves, with the setting of every row."
     )
     nav = '<nav><a href="index.html">Index of the report</a></nav>'
     return page(TITLE, f'{nav}<main><h1>{TITLE}</h1><p>{note}</p><div class="wide">{table}</div></main>')

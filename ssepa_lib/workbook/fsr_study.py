@@ -95,8 +95,8 @@ def arm_difference(runs: pd.DataFrame, question: Question, output: str = "pseudo
 
 
 def reads(difference: pd.Series) -> str:
-    """What a paired difference shows: `helps`, `hurts`, or `not shown` where seeds disagree, the mean is below
-    half a point, or there are fewer than two seeds."""
+    """What a paired difference shows: `helps`, `hurts`, or `not shown` where seeds disagree, the mean is
+    below half a point, or there are fewer than two seeds."""
     if difference.empty:
         return "not run"
     if len(difference) > 1 and abs(difference.mean()) >= SMALLEST:
