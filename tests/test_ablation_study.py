@@ -43,6 +43,16 @@ def test_differences_are_paired_by_seed():
     assert ablation.differences(runs_of({"mcc": [1.0]}), "here").empty
 
 
+def test_committed_runs_are_paired_within_their_folder():
+    first = runs_of({"toco": [10], "ssepa_affinity": [12]}).assign(folder="a", preset="shapes")
+    second = runs_of({"toco": [20], "mcc": [23], "ssepa_affinity": [30]}).assign(folder="b", preset="shapes")
+    table = ablation.committed_differences(pd.concat([first, second]), {"built-in": "shapes"})
+    assert table.set_index("comparison")["difference"].to_dict() == {
+        "plain affinity − ToCo": 2,
+        "MCC − ToCo": 3,
+    }
+
+
 def test_spread_says_nothing_with_two_seeds():
     runs = runs_of({"toco": [0, 0, 0], "mcc": [1, 2, -3], "afa": [1, 2]})
     table = ablation.spread(ablation.differences(runs, "here")).set_index("comparison")
@@ -126,7 +136,7 @@ def test_what_a_difference_shows(values, word):
 
 def test_fsr_questions_on_committed_runs_and_live_ones():
     table = fsr_study.questions().set_index("question")
-    assert table.loc["Does unc.FSR help?", "photographs"] == "helps: +3.8 ± 1.2 (3 seeds)"
+    assert table.loc["Does unc.FSR help?", "photographs"] == "helps: +3.8 ± 1.1 (3 seeds)"
     assert table.loc["Does unc.FSR help?", "built-in"].startswith("not shown: -0.1 ± 0.0")
     assert table.loc["AutoAugment?", "built-in"].startswith("hurts: -4.7")
     assert table.loc["Which mask ratio?", "photographs"] == "not run" and "this run" not in table

@@ -90,6 +90,22 @@ def differences(runs: pd.DataFrame, source: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["comparison", "measure", "source", "seed", "difference"])
 
 
+def committed_differences(runs: pd.DataFrame, worlds: Mapping[str, str]) -> pd.DataFrame:
+    """`differences` of the runs of `tables.evidence`, each paired with runs of its own folder.
+
+    Args:
+        runs: without variants.
+        worlds: what a figure calls them → preset.
+    """
+    found = [
+        differences(rows, name)
+        for name, preset in worlds.items()
+        for _, rows in runs[runs["preset"] == preset].groupby("folder")
+    ]
+    keys = ["comparison", "measure", "source", "seed"]
+    return pd.concat(found, ignore_index=True).drop_duplicates(keys, ignore_index=True)
+
+
 def _by_method(runs: pd.DataFrame, split: str, output: str) -> dict[str, pd.Series]:
     """Method → value of every seed, on the split or, where no run has it, on `test`."""
     if output not in runs:

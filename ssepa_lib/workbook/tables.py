@@ -138,16 +138,16 @@ def committed(name: str) -> pd.DataFrame:
 
 
 def evidence() -> pd.DataFrame:
-    """Every run whose results come with the project, in the columns of `collect_runs`.
+    """Every run whose results come with the project, in the columns of `collect_runs` and `folder`.
 
     They lie in the folders of `results/` that have a README and not the name of a preset, whose folder holds
-    a user's own runs. New folders count by themselves. A run that several folders hold is taken once.
+    a user's own runs. New folders count by themselves. Several folders may hold a run of the same method and
+    seed; compare runs of one folder, which were measured together.
     """
     presets = {path.stem for path in (RECIPES / "data").glob("*.yaml")}
     folders = [path.parent for path in sorted((PROJECT / "results").glob("*/README.md"))]
-    found = [collect_runs(folder) for folder in folders if folder.name not in presets]
-    runs = pd.concat([table for table in found if len(table)], ignore_index=True)
-    return runs.drop_duplicates(["preset", "split", "recipe_hash"], ignore_index=True)
+    found = [collect_runs(f).assign(folder=f.name) for f in folders if f.name not in presets]
+    return pd.concat([table for table in found if len(table)], ignore_index=True)
 
 
 def benchmark(name: str) -> pd.DataFrame:
