@@ -40,6 +40,8 @@ SHORT = {
     "ssepa_no_affinity": "no affinity",
     "ssepa_affinity": "plain affinity",
     "ssepa": "HAAF",
+    "ssepa_plus_mean": "balanced affinity",
+    "ssepa_plus": "SS-EPA plus",
 }  # method → a word for the axis of a figure
 PLACES = {
     "every scale, 1 time": {},
@@ -70,7 +72,7 @@ def differences(runs: pd.DataFrame, source: str) -> pd.DataFrame:
 
     Args:
         runs: rows of `tables.collect_runs` of one preset, without variants. The pseudo-label is compared on
-            `train` and the segmentation on `val`; where a run was measured on `test` alone, both there.
+            `train` and the segmentation on `val`, but on `test` where not both runs were measured there.
         source: what a figure calls these runs.
 
     Returns:
@@ -78,15 +80,15 @@ def differences(runs: pd.DataFrame, source: str) -> pd.DataFrame:
     """
     rows = []
     for measure, (split, output) in MEASURES.items():
-        values = _by_method(runs, split, output)
-        for method, ours in values.items():
-            base = base_of(method, list(values))
-            common = [] if base is None else ours.index.intersection(values[base].index)
-            for seed in common:
-                row = {"comparison": f"{short_name(method)} − {short_name(base)}", "measure": measure}
-                rows.append(
-                    row | {"source": source, "seed": seed, "difference": ours[seed] - values[base][seed]}
-                )
+        first, second = (_by_method(runs, part, output) for part in (split, "test"))
+        for method in dict.fromkeys([*first, *second]):
+            for values in (first, second):
+                base = base_of(method, list(values)) if method in values else None
+                if base is not None:
+                    row = {"comparison": f"{short_name(method)} − {short_name(base)}", "measure": measure}
+                    apart = (values[method] - values[base]).dropna()
+                    rows += [row | {"source": source, "seed": s, "difference": d} for s, d in apart.items()]
+                    break
     return pd.DataFrame(rows, columns=["comparison", "measure", "source", "seed", "difference"])
 
 
@@ -107,11 +109,10 @@ def committed_differences(runs: pd.DataFrame, worlds: Mapping[str, str]) -> pd.D
 
 
 def _by_method(runs: pd.DataFrame, split: str, output: str) -> dict[str, pd.Series]:
-    """Method → value of every seed, on the split or, where no run has it, on `test`."""
+    """Method → value of every seed on a split."""
     if output not in runs:
         return {}
-    runs = runs[runs[output].notna()]
-    chosen = runs[runs["split"] == (split if (runs["split"] == split).any() else "test")]
+    chosen = runs[runs[output].notna() & (runs["split"] == split)]
     return {
         method: rows.drop_duplicates("seed").set_index("seed")[output].astype(float)
         for method, rows in chosen.groupby("method", sort=False)
