@@ -123,6 +123,15 @@ def test_haaf_objectives_are_sorted_and_marked_against_the_best_layer():
     assert [line.get_xdata()[0] for line in right.lines] == [20, 25]
 
 
+def test_references_are_marked_in_both_worlds():
+    axes = plt.subplots(1, 2)[1]
+    miou = pd.Series({"no affinity": 1.0, "uniform mean": 2.0, "layer 0 alone": 1.5, "layer 1 alone": 2.5})
+    figures.mark_references({axes[0]: miou, axes[1]: miou + 1})
+    assert [line.get_xdata()[0] for line in axes[0].lines] == [1.0, 2.0, 2.5]
+    assert [text.get_text() for text in axes[1].get_legend().texts][-1] == "best single layer"
+    plt.close("all")
+
+
 def test_learning_curves_skip_terms_a_run_lacks(tmp_path):
     history = pd.DataFrame({"step": [1, 2, 3], "lr": [1.0, 2.0, 3.0], "seconds": 1.0, "cls": [3.0, 2.0, 1.0]})
     history.assign(seg=[None, 5.0, 4.0]).to_csv(tmp_path / "history.csv", index=False)

@@ -32,7 +32,12 @@ from ssepa_lib.workbook.figures.judged import (
     plot_mass,
     plot_threshold_curves,
 )
-from ssepa_lib.workbook.figures.layers import plot_attention_strip, plot_haaf_objectives, plot_layer_weights
+from ssepa_lib.workbook.figures.layers import (
+    mark_references,
+    plot_attention_strip,
+    plot_haaf_objectives,
+    plot_layer_weights,
+)
 from ssepa_lib.workbook.figures.parts import (
     plot_landmark_rows,
     plot_landmarks,
@@ -46,6 +51,7 @@ from ssepa_lib.workbook.figures.style import LANDMARKS, OUTPUT_NAMES, method_nam
 __all__ = [
     "LANDMARKS",
     "OUTPUT_NAMES",
+    "mark_references",
     "method_name",
     "plot_affinity_row",
     "plot_threshold_curves",

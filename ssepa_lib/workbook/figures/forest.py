@@ -44,9 +44,10 @@ def plot_forest(
         band = ruler[measure]
         ax.axvspan(-band, band, color="0.85", zorder=0)
         ax.axvline(0, color="black", linewidth=1)
-        ax.set_xscale("symlog", linthresh=LINEAR, linscale=1.5)
-        span = [-20, -5, -2, -1, 0, 1, 2, 5, 20]
+        ax.set_xscale("symlog", linthresh=LINEAR, linscale=0.8)
+        span = [-20, -5, -2, 0, 2, 5, 20]
         ax.set_xticks(span, [f"{value:+d}" if value else "0" for value in span])
+        ax.set_xlim(min(-6, 1.3 * shown["difference"].min()), max(6, 1.3 * shown["difference"].max()))
         ax.set_yticks(list(ticks.values()), list(ticks))
         ax.grid(False, axis="y")
         ax.set(xlabel="difference, points of mIoU", title=measure)
