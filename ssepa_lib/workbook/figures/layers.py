@@ -104,7 +104,7 @@ def plot_haaf_objectives(table: pd.DataFrame, split: str) -> Sequence[Axes]:
 
 
 def mark_references(tables: Mapping[Axes, pd.Series]) -> None:
-    """Lines on horizontal bars: what a map is worth without affinity, with all layers alike, with the best layer.
+    """Lines on horizontal bars: a map without affinity, with all layers alike, with the best layer alone.
 
     Args:
         tables: axes → mIoU by the names of `haaf_study.compare_haaf_objectives`.
