@@ -20,7 +20,7 @@ FREE := import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET,
 ROOT := $(filter 0,$(shell id -u))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workbook tour lab test lint format lock
+.PHONY: help setup workbook tour lab test soak lint format lock
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,8 +43,11 @@ lab: $(READY)  ## open the notebooks in JupyterLab, on PORT (8888) of this machi
 test: $(READY)  ## run the tests (VOC_ROOT and SSEPA_WEIGHTS, if set, add those on real images)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-lint: $(READY)  ## check style, format and stripped notebooks without changing a file
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m nbstripout --keep-id --verify notebooks/*.ipynb
+soak: $(READY)  ## kill runs at random moments and compare their ends; the report goes to results/soak
+	@OMP_NUM_THREADS=1 $(PY) tests/soak.py $(ARGS)
+
+lint: $(READY)  ## check style, format, types and stripped notebooks without changing a file
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m nbstripout --keep-id --verify notebooks/*.ipynb
 
 format: $(READY)  ## format the code, correct what can be corrected, strip notebook outputs
 	@$(PY) -m ruff check --fix-only --quiet . && $(PY) -m ruff format . && $(PY) -m nbstripout --keep-id notebooks/*.ipynb

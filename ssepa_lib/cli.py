@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from ssepa_lib import commands, study_commands
-from ssepa_lib.errors import UserError, nearest
+from ssepa_lib.errors import UserError, explain_failure, nearest
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "workbook": study_commands.workbook,
@@ -33,8 +34,10 @@ PROGRAM = "python -m ssepa_lib"
 EXIT_CODES = {
     0: "success",
     1: "a notebook failed, or data is missing",
-    2: "the input was wrong, or something long was not confirmed; one sentence says what to do",
+    2: "the input was wrong, the disk is full, memory is exhausted, or something long was not confirmed; one "
+    "sentence says what to do",
     130: "stopped by Ctrl-C; the same command resumes",
+    141: "nobody reads the output any more; the same command resumes",
     143: "stopped by the system or a job scheduler; the same command resumes",
 }
 
@@ -48,13 +51,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if name not in COMMANDS:
             raise UserError(f"there is no command {name}; {nearest(name, list(COMMANDS))}")
-        return parse(name, rest)() or 0
+        code = parse(name, rest)() or 0
+        sys.stdout.flush()  # here, where a closed pipe can still be answered
+        return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        return 130
+        return _end("stopped; run the same command again to resume", 130)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # nothing more is written there, on leaving either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _end("stopped, because nobody reads the output; run the same command again to resume", 141)
+    except SystemExit as end:
+        if end.code == 143:
+            _end("stopped by the system; run the same command again to resume", 143)
+        raise
+    except (OSError, RuntimeError, MemoryError) as error:
+        reason = explain_failure(error)
+        if reason is None and isinstance(error, OSError):
+            reason = f"{error.filename or 'a file'}: {error.strerror or error}; correct that path."
+        if reason is None:
+            raise
+        return _end(f"error: {reason}", 2)
+
+
+def _end(message: str, code: int) -> int:
+    """Print one line on standard error, if anybody reads it, and return the exit code."""
+    line = "".join(c if c.isprintable() else " " for c in message)  # whatever a name in it holds
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+    return code
 
 
 def parse(name: str, arguments: Sequence[str]) -> Callable[[], int | None]:

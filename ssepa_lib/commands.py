@@ -54,15 +54,18 @@ def train(
     """
     from ssepa_lib.compose import load_recipe
     from ssepa_lib.data import build_dataset
-    from ssepa_lib.paths import results_root
+    from ssepa_lib.files import require_place
+    from ssepa_lib.paths import plain_name, results_root
     from ssepa_lib.training.trainer import train
     from ssepa_lib.workbook.plan import confirm, plan
     from ssepa_lib.workbook.queue import Job
 
     made = load_recipe(recipe, pairs(changes) | ({} if seed is None else {"train.seed": seed}))
     preset, *method = [Path(recipe).stem] if recipe.endswith((".yaml", ".yml")) else recipe.split("/")
-    name = run or f"{'-'.join(method) or preset}-seed{made.train.seed}"
-    folder = results_root() / preset / name
+    name = f"{'-'.join(method) or preset}-seed{made.train.seed}"
+    name = plain_name("--run", name if run is None else run)
+    folder = results_root() / plain_name("preset", preset) / name
+    require_place(folder)
     build_dataset(made.data, "train")  # missing data is reported before the time
     confirm(plan([Job(made, folder, {})]), yes)
     print(train(made, folder, resume=not restart, on_step=follow(name)))
@@ -88,6 +91,8 @@ def evaluate(
     """
     from ssepa_lib.evaluation import describe_setting, evaluate_run
 
+    at_least(0, images=images, size=size or 0)
+    one_or_more(test_time=test_time)
     result = evaluate_run(
         run,
         split,
@@ -114,7 +119,9 @@ def predict(
         out: For masks, overlays and tables.
     """
     from ssepa_lib.evaluation import predict_folder
+    from ssepa_lib.files import require_place
 
+    require_place(out)
     with_network(predict_folder, run, device, images, out, test_time=test_time, progress=counter("predict"))
 
 
@@ -131,8 +138,10 @@ def pseudo_labels(
     """
     from ssepa_lib.data import split_of
     from ssepa_lib.evaluation import export_pseudo_labels
+    from ssepa_lib.files import require_place
     from ssepa_lib.training.run import RunFolder
 
+    require_place(out)
     dataset = split_of(RunFolder(run).recipe(), split)
     options = {"test_time": test_time, "progress": counter("pseudo-labels")}
     with_network(export_pseudo_labels, run, device, dataset, out, **options)
@@ -159,8 +168,10 @@ def submission(
     """
     from ssepa_lib.data.voc import VocDataset
     from ssepa_lib.evaluation import export_submission, validate_submission
+    from ssepa_lib.files import require_place
     from ssepa_lib.training.run import RunFolder
 
+    require_place(out, folder=False)
     if run is None and not check:
         raise UserError("submission needs --run RUN (a run folder), or --check to inspect an archive.")
     data = RunFolder(run).recipe().data if run else None
@@ -223,13 +234,36 @@ def recipe(
     """
     from ssepa_lib import compose
 
-    if explain:
+    if explain is not None:
         print(compose.explain(explain))
-    elif name:
+    elif name is not None:
         made = compose.load_recipe(name, pairs(changes))
         print(f"# {made.title}, hash {made.hash()}\n{compose.to_yaml(made)}", end="")
     else:
         print(compose.list_parts())
+
+
+def at_least(least: int, **values: int) -> None:
+    """Refuse numbers of the command line that are too small.
+
+    Raises:
+        UserError: one is below `least`.
+    """
+    for name, value in values.items():
+        if not least <= value <= 10**8:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is {value}; it must be a whole number from {least} to 100 000 000.")
+
+
+def one_or_more(**values: Sequence[Any]) -> None:
+    """Refuse options of the command line that were given without a value.
+
+    Raises:
+        UserError: one is empty.
+    """
+    for name, value in values.items():
+        if not value:
+            raise UserError(f"--{name.replace('_', '-')} is empty; give one value or more, or leave it out.")
 
 
 def pairs(items: Sequence[str]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from typing import Any, get_origin
 import yaml
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.fields import Section, allowed, default, info, is_trained
+from ssepa_lib.fields import Section, allowed, default, info, is_trained, shown
 from ssepa_lib.files import write_text
 from ssepa_lib.paths import RECIPES
+from ssepa_lib.readers import parse_yaml, read_text
 from ssepa_lib.recipe import Recipe
 
 FORMAT = 2  # of recipe files; raised when an older version could not read them
@@ -48,15 +49,6 @@ SECTIONS: dict[str, type[Section]] = {
 }
 KEYS = [f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in fields(kind)]
 _log = logging.getLogger(__name__)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, not a text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -187,22 +179,21 @@ def _files(name: str) -> list[Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The settings in a YAML file."""
+    if not path.exists():
+        raise UserError(f"recipe file {path} does not exist; pass data/method or a YAML file.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"recipe file {path} does not exist; pass data/method or a YAML file.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"recipe file {path} cannot be read ({reason}); correct it, in UTF-8.") from error
+        content = parse_yaml(read_text(path, "recipe file"))
+    except ValueError as error:
+        raise UserError(f"recipe file {path} cannot be read ({error}); correct it, in UTF-8.") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise UserError(f"recipe file {path} holds no sections; write settings like `train: {{steps: 5}}`.")
     version = content.get("format", 1)
-    if not isinstance(version, int) or version > FORMAT:
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT:
         raise UserError(
-            f"recipe file {path} was written by a newer version (format {version}, known up to {FORMAT}); "
-            "update the library."
+            f"recipe file {path} was written by a newer version (format {shown(version)}, known up to "
+            f"{FORMAT}); update the library."
         )
     return content
 
@@ -212,6 +203,8 @@ def _nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in overrides.items():
         section, *rest = key.split(".")
+        if section in ("format", "short") or (section in HEAD and rest):
+            raise UserError(_unknown(key))
         if isinstance(value, str) and rest and _kind(section, rest[0]) in (list, dict):
             value = _yaml(key, value)
         for part in reversed([section, *rest]):
@@ -238,8 +231,8 @@ def _kind(section: str, name: str) -> Any:
 
 def _yaml(key: str, text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
-    except (ValueError, yaml.YAMLError) as error:
+        return parse_yaml(text)
+    except ValueError as error:
         raise UserError(f"'{key}={text}' is not YAML; write for example eval.scales=[1.0,1.5].") from error
 
 
@@ -254,7 +247,9 @@ def _translated(content: Mapping[str, Any], source: str) -> dict[str, Any]:
         if section not in SECTIONS:
             raise UserError(f"{source}: {_unknown(str(section))}")
         if not isinstance(settings, Mapping | None):
-            raise UserError(f"{source}: {section} is {settings!r}; write settings, like `{section}: {{…}}`.")
+            raise UserError(
+                f"{source}: {section} is {shown(settings)}; write settings, like `{section}: {{…}}`."
+            )
         result[section] = {}
         for name, value in (settings or {}).items():
             key, value = _renamed(f"{section}.{name}", value, changes)

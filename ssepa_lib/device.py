@@ -58,6 +58,40 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
+def number_in(*variables: str, otherwise: int) -> int:
+    """The number in the first of these environment variables that is set.
+
+    Raises:
+        UserError: it is no number of 0 or more.
+    """
+    for name in variables:
+        if text := os.environ.get(name, "").strip():
+            if text.isdecimal():
+                return int(text)
+            raise UserError(f"{name} is '{text}', which is no number; unset it, or start with torchrun.")
+    return otherwise
+
+
+def launched() -> tuple[int, int]:
+    """Number of this process and number of all processes, as torchrun or SLURM started them; (0, 1) for one.
+
+    Raises:
+        UserError: the environment variables contradict each other, or torchrun has not set all of them.
+    """
+    rank = number_in("RANK", "SLURM_PROCID", otherwise=0)
+    world = number_in("WORLD_SIZE", "SLURM_NTASKS", otherwise=1)
+    if not rank < world:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE {world}: there is no such process; unset both, or start with "
+            "torchrun."
+        )
+    if world > 1 and "SLURM_PROCID" not in os.environ and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE is {world} but RANK or MASTER_ADDR is missing; unset it, or start with torchrun."
+        )
+    return rank, world
+
+
 def rank_and_world() -> tuple[int, int]:
     """The number of this process and the number of all processes."""
     if dist.is_available() and dist.is_initialized():

@@ -4,6 +4,7 @@
 well as by `dataclasses.replace`; its report becomes one sentence with setting, value and what is allowed.
 """
 
+import reprlib
 from dataclasses import MISSING, asdict, field, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -23,10 +24,26 @@ Count = Annotated[int, Field(ge=1, le=100_000_000)]
 Images = Annotated[int, Field(ge=0, le=100_000_000)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
 Batch = Annotated[int, Field(ge=1, le=65536)]
-Width = Annotated[int, Field(ge=1, le=1_048_576)]
+Width = Annotated[int, Field(ge=1, le=65536)]
+Rate = Annotated[float, Field(gt=0, le=100)]
 Scales = Annotated[list[Scale], Field(min_length=1, max_length=16)]
 Dilation = Annotated[int, Field(ge=1, le=512)]
 TWO = Field(min_length=2, max_length=2)  # [low, high] or [first, last]
+_TEXTS = {  # pattern of a text: in words
+    r"^[^\x00-\x1f\x7f]{0,4000}$": "a path without control characters",
+    r"^[^/\\\x00-\x1f\x7f]{1,200}$": "a name without slashes and control characters",
+    r"^[^/\\\x00-\x1f\x7f]{0,200}$": "empty, or a name without slashes and control characters",
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$": "a name of letters, digits, '_', '-' and '.'",
+}
+_PATH, _NAME, _OPTIONAL_NAME, _WORD = (Field(pattern=pattern) for pattern in _TEXTS)
+PathText = Annotated[str, _PATH]
+Name = Annotated[str, _NAME]
+OptionalName = Annotated[str, _OPTIONAL_NAME]
+Word = Annotated[str, _WORD]
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class NotTrained:
@@ -47,6 +64,7 @@ def values(*default: Any) -> Any:
 class Section:
     """A group of settings; an unknown field or a value that is not allowed raises `UserError`."""
 
+    __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
     KEY: ClassVar[str] = ""
     """Name of the section in a recipe."""
     REVISION: ClassVar[int] = 1
@@ -58,6 +76,7 @@ class Section:
     @model_validator(mode="wrap")
     @classmethod
     def _in_one_sentence(cls, given: Any, handler: Any) -> Any:
+        _refuse_truth_values(cls, given)
         try:
             return handler(given)
         except ValidationError as error:
@@ -77,6 +96,19 @@ class Section:
             if is_trained(type(self), item.name) and value != default(item):
                 content[item.name] = value
         return content
+
+
+def _refuse_truth_values(section: type[Section], given: Any) -> None:
+    """Pydantic would read true as 1 where a number is wanted."""
+    content = getattr(given, "kwargs", given)  # of a call, or of a mapping
+    for name, value in content.items() if isinstance(content, dict) else ():
+        field = section.__pydantic_fields__.get(str(name))
+        if field is None or not (field.annotation in (int, float) or get_origin(field.annotation) is list):
+            continue
+        for place, each in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(each, bool):
+                loc = (name, place) if isinstance(value, list) else (name,)
+                raise UserError(_sentence(section, {"loc": loc, "input": each}))
 
 
 def default(item: Any) -> Any:
@@ -102,16 +134,18 @@ def allowed(kind: Any, metadata: tuple | list = ()) -> str:
     bounds = {}
     for item in metadata:
         for rule in item.metadata if isinstance(item, FieldInfo) else [item]:
-            names = ("ge", "gt", "le", "lt", "min_length", "max_length")
+            names = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
             bounds |= {name: getattr(rule, name) for name in names if getattr(rule, name, None) is not None}
+    if "pattern" in bounds:
+        return _TEXTS[bounds["pattern"]]
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
         return _allowed_list(get_args(kind)[0], bounds)
     if kind in (int, float):
         return f"a {'whole ' if kind is int else ''}number {_range(bounds)}"
-    names = {bool: "true or false", str: "a text"}
-    return names.get(kind, "a mapping")
+    words = {bool: "true or false", str: "a text"}
+    return words.get(kind, "a mapping")
 
 
 def _allowed_list(kind: Any, bounds: dict[str, Any]) -> str:
@@ -131,7 +165,7 @@ def _range(bounds: dict[str, Any]) -> str:
 def _sentence(section: type[Section], error: dict[str, Any]) -> str:
     """One report of pydantic as one sentence."""
     if not error["loc"]:
-        return f"{section.KEY} holds {error['input']!r}; write settings, like `{section.KEY}: {{…}}`."
+        return f"{section.KEY} holds {shown(error['input'])}; write settings, like `{section.KEY}: {{…}}`."
     name = str(error["loc"][0])
     key = f"{section.KEY}.{name}".lstrip(".")
     known = section.__pydantic_fields__
@@ -141,8 +175,16 @@ def _sentence(section: type[Section], error: dict[str, Any]) -> str:
     return f"{key} is {_shown(error, name)}; it must be {what}."
 
 
+def shown(value: Any) -> str:
+    """A value as it is written in Python, cut after 60 characters."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
 def _shown(error: dict[str, Any], name: str) -> str:
     """The value that was refused, with its place in a list."""
-    text = repr(error["input"])
-    text = text if len(text) <= 60 else text[:57] + "…"
+    text = shown(error["input"])
     return text if len(error["loc"]) == 1 else f"{text} (value {error['loc'][1]})"

@@ -4,14 +4,33 @@ import csv
 import json
 import os
 import socket
+import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import UserError, explain_failure
+from ssepa_lib.readers import FORMULA
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around code that writes `path`: a full disk or a missing right becomes one sentence that names it.
+
+    Raises:
+        UserError: what is written before stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = explain_failure(OSError(error.errno, error.strerror, str(path)))
+        if reason is None:
+            raise
+        raise UserError(reason) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -19,15 +38,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     Whatever happens in `write`, `path` holds either its old content or the new one. The part file keeps the
     suffix, because writers of images and tables choose the format by it.
+
+    Raises:
+        UserError: the disk is full, or nothing may be written there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
     try:
-        write(part)
-        os.replace(part, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(part)
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def remove_parts(path: Path) -> None:
+    """Remove the part files of `path` that killed processes left; only for the one who may write it.
+
+    The name may be a pattern: `folder / "*.png"`.
+    """
+    for part in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,34 +75,45 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file atomically."""
+    """Write a CSV file atomically.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, which spreadsheets hide
+    and `readers.read_table` drops. Numbers stay as they are.
+    """
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(FORMULA):
+            return f"'{value}"
+        return None if value != value else value  # NaN is an empty cell, as None is
 
     def write(part: Path) -> None:
         with open(part, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(rows)
+            writer.writerows([cell(value) for value in row] for row in (header, *rows))
 
     write_atomically(path, write)
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file.
+def require_place(path: Path, folder: bool = True, writable: bool = True) -> None:
+    """Refuse a place where results could not be written, before anything is computed.
 
     Args:
-        path: the file.
-        what: what it is, for the error, for example "the metrics of a run".
+        path: of a folder or a file, which need not exist.
+        folder: whether it is to be a folder.
+        writable: whether anything is to be written there at all.
 
     Raises:
-        UserError: the file is missing, unreadable or not JSON.
+        UserError: something else is there, a file is in the way, or the folder may not be written to.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{what} cannot be read from {path} ({reason}); correct or delete the file."
-        ) from error
+    path = Path(path)
+    if os.path.lexists(path) and path.is_dir() != folder:
+        found, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise UserError(f"{path} is a {found}, but results need a {wanted}; choose another name.")
+    there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    if there != path and not there.is_dir():
+        raise UserError(f"{path} cannot be made, because {there} is a file; choose another folder.")
+    if writable and not os.access(there, os.W_OK):
+        raise UserError(f"{path} cannot be written, because {there} is read-only; choose another folder.")
 
 
 class FolderInUse(UserError):
@@ -78,8 +123,9 @@ class FolderInUse(UserError):
 class FolderLock:
     """Keeps a second writer out of a folder: `with FolderLock(folder): …`.
 
-    The lock file names the host, the process and the start time of the holder. One left behind by a
-    process of this host that no longer exists is taken over; on another host nobody can tell, so it stays.
+    The lock file names the host, the process and the start time of the holder, who renews it every minute.
+    One left behind by a process of this host that no longer exists is taken over at once; one of another
+    host, where nobody can look for the process, half an hour after its last sign of life.
 
     Args:
         folder: the folder; it is created on entering.
@@ -87,10 +133,15 @@ class FolderLock:
 
     Raises:
         FolderInUse: on entering, if another holder is alive; the sentence names it.
+        UserError: the lock cannot be written.
     """
+
+    RENEWED = 60.0  # seconds between two signs of life
+    EXPIRES = 1800.0  # seconds without one after which the lock of another host counts as left behind
 
     def __init__(self, folder: Path, name: str = ".lock") -> None:
         self.path = Path(folder) / name
+        self.text, self.released = "", threading.Event()
 
     @property
     def taken(self) -> bool:
@@ -98,33 +149,53 @@ class FolderLock:
         return self.path.exists()
 
     def __enter__(self) -> "FolderLock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
+        self.text = json.dumps(_Holder.here()._asdict(), ensure_ascii=False) + "\n"
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
                 self._remove_stale()
-                continue
-            started = datetime.now().isoformat(sep=" ", timespec="seconds")
-            holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(holder, ensure_ascii=False) + "\n")
-            return self
+        threading.Thread(target=self._renew, daemon=True).start()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
+        self.released.set()
+        with suppress(OSError):
+            if self.path.read_text(encoding="utf-8") == self.text:  # nobody has taken it over
+                self.path.unlink()
+
+    def _create(self) -> bool:
+        try:
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.text.encode())
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _renew(self) -> None:
+        while not self.released.wait(self.RENEWED):
+            with suppress(OSError):
+                os.utime(self.path)
 
     def _remove_stale(self) -> None:
         """Remove the lock of a dead process; refuse that of a live or unknown one."""
         try:
             text = self.path.read_text(encoding="utf-8")
+            silent = time.time() - self.path.stat().st_mtime
         except FileNotFoundError:  # released in the meantime
             return
-        host, pid, started = _holder(text)
-        if host != socket.gethostname() or _alive(pid):
+        holder = _Holder.read(text)
+        expires = self.EXPIRES if holder.pid else self.RENEWED  # without a name: killed while it wrote this
+        if holder.alive or (holder.elsewhere and silent < expires):
+            until = f" (it is taken over after {expires / 60:.0f} minutes without a sign of life)"
             raise FolderInUse(
-                f"{self.path.parent} is in use by process {pid} on {host} since {started}; wait for it, "
-                f"or delete {self.path} if that process is gone."
+                f"{self.path.parent} is in use by process {holder.pid} on {holder.host} since "
+                f"{holder.started}{until * holder.elsewhere}; wait for it, or delete {self.path} if that "
+                "process is gone."
             )
         aside = self.path.with_name(f".lock.{uuid.uuid4().hex[:8]}.stale")
         try:
@@ -137,20 +208,65 @@ class FolderLock:
         aside.unlink()
 
 
-def _holder(text: str) -> tuple[str, int, str]:
-    """Host, process and start time in a lock; a lock that is still being written names nobody."""
-    try:
-        holder = json.loads(text)
-        return str(holder["host"]), int(holder["pid"]), str(holder["started"])
-    except (ValueError, KeyError, TypeError):
-        return "an unknown host", 0, "an unknown time"
+class _Holder(NamedTuple):
+    """Who holds a lock.
+
+    `space` tells containers of one host apart, whose processes cannot see each other; `born` is the start of
+    the process in ticks of its clock, because its number may be given to another one.
+    """
+
+    host: str
+    pid: int
+    started: str
+    space: str = ""
+    born: str = ""
+
+    @classmethod
+    def here(cls) -> "_Holder":
+        now = datetime.now().isoformat(sep=" ", timespec="seconds")
+        return cls(socket.gethostname(), os.getpid(), now, _space(), _process(os.getpid())[1])
+
+    @classmethod
+    def read(cls, text: str) -> "_Holder":
+        """The holder that a lock names; nobody in one whose writer was killed."""
+        try:
+            given = json.loads(text)
+            names = ("host", "pid", "started", "space", "born")
+            host, pid, started, space, born = (given.get(name, "") for name in names)
+            return cls(str(host), int(pid), str(started), str(space), str(born))
+        except (ValueError, AttributeError, TypeError):
+            return cls("an unknown host", 0, "an unknown time")
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this process cannot tell if the holder is alive."""
+        return self.host != socket.gethostname() or bool(self.space and self.space != _space())
+
+    @property
+    def alive(self) -> bool:
+        """Whether the holder is a live process of this host."""
+        if self.elsewhere:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except (PermissionError, OverflowError):
+            return True
+        state, born = _process(self.pid)
+        return state not in ("Z", "X") and (not self.born or not born or self.born == born)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+def _space() -> str:
+    """The process namespace of a Linux container; empty elsewhere."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """State and start of a process as Linux tells them; empty elsewhere."""
+    with suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], fields[19]
+    return "", ""

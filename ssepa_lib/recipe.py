@@ -67,8 +67,8 @@ class Recipe(Section):
             )
         if losses.aux_cls == 0 and max(losses.ptc, losses.ctc, losses.unc) > 0:
             raise UserError(
-                "losses.aux_cls is 0, so the auxiliary CAM is not trained, but ptc, ctc and unc read it; set "
-                "losses.aux_cls above 0 or those to 0."
+                "losses.aux_cls is 0, so the auxiliary CAM is not trained, but losses.ptc, losses.ctc and "
+                "losses.unc read it; set losses.aux_cls above 0 or those to 0."
             )
         if self.contrast.views == "masked" and (losses.ctc == 0 or self.model.aggregator != "class_token"):
             raise UserError(

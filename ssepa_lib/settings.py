@@ -7,6 +7,7 @@ changes what unchanged settings train raises the section's `REVISION`.
 """
 
 from dataclasses import field
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -21,7 +22,10 @@ from ssepa_lib.fields import (
     Dilation,
     Fraction,
     Images,
+    Name,
     NotTrained,
+    OptionalName,
+    PathText,
     Pixels,
     Scale,
     Scales,
@@ -29,6 +33,8 @@ from ssepa_lib.fields import (
     Share,
     Weight,
     Width,
+    Word,
+    shown,
     values,
 )
 from ssepa_lib.paths import folder_root
@@ -37,21 +43,41 @@ HaafObjective = Literal[
     "none", "cls", "affinity", "energy", "decoder", "equivariance", "pooling", "ncut", "variance"
 ]
 HAAF_OBJECTIVES: tuple[str, ...] = get_args(HaafObjective)
+_SIZES = {"depth": 1000, "embed_dim": 65536, "num_heads": 1024, "patch_size": 8192, "img_size": 8192}
+_FOREIGN_ARGS = (  # which timm would take for itself, or the recipe says elsewhere
+    "pretrained",
+    "checkpoint",
+    "cache",
+    "hf_",
+    "num_classes",
+    "drop_path",
+    "dynamic_img",
+    "features_only",
+    "kwargs",
+    "scriptable",
+    "exportable",
+    "no_jit",
+)
+
+
+def _number(value: Any) -> float:
+    """A number as it is, and everything that is none as NaN."""
+    return value if isinstance(value, (int, float)) else float("nan")
 
 
 @dataclass(frozen=True, config=CONFIG)
 class DataConfig(Section, key="data"):
     """What is read and how it is cropped."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)] = "shapes"
+    name: Word = "shapes"
     """The dataset: shapes (built in), voc, coco, or folder (your own images)."""
-    root: Annotated[str, NotTrained] = ""
+    root: Annotated[PathText, NotTrained] = ""
     """Folder of the data; empty: VOC_ROOT, COCO_ROOT or FOLDER_ROOT, else the default below data/."""
-    train_split: str = "train"
+    train_split: Name = "train"
     """The split to train on."""
-    measured_train: Annotated[str, NotTrained] = ""
+    measured_train: Annotated[OptionalName, NotTrained] = ""
     """The split that stands for train where results are measured; empty: train_split."""
-    val_split: Annotated[str, NotTrained] = "val"
+    val_split: Annotated[Name, NotTrained] = "val"
     """The split for validation."""
     train_images: Images = 0
     """Use only the first so many training images; 0: all."""
@@ -82,11 +108,11 @@ class DataConfig(Section, key="data"):
 class ModelConfig(Section, key="model"):
     """The network of ToCo (Section 1.1 of the method notes) and FSR's aggregator."""
 
-    backbone: Annotated[str, Field(min_length=1, max_length=200)] = "vit_base_patch16_224.orig_in21k_ft_in1k"
+    backbone: Word = "vit_base_patch16_224.orig_in21k_ft_in1k"
     """A timm model name, always with its tag."""
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments passed to timm, for example depth or patch_size."""
-    weights: str = ""
+    weights: PathText = ""
     """A .safetensors file; none: random; empty: data/weights/<backbone>.safetensors, else timm's download."""
     mean: Annotated[list[Fraction], Field(max_length=3)] = values()
     """Mean of the input per channel, 0..1; empty: the checkpoint's own."""
@@ -106,9 +132,33 @@ class ModelConfig(Section, key="model"):
     """With another aggregator: leave the checkpoint's class token in the blocks (FSR removes it)."""
 
     def __post_init__(self) -> None:
+        self._check_backbone_args()
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must hold three values, or none.")
+
+    def _check_backbone_args(self) -> None:
+        """Sizes are whole numbers from 1 on, and nothing can name weights, files or addresses."""
+        for name, value in self.backbone_args.items():
+            key = f"model.backbone_args.{name}"
+            if not isinstance(name, str) or not name.isidentifier() or name.startswith(_FOREIGN_ARGS):
+                raise UserError(f"{key} is no argument of a network; write for example {{depth: 4}}.")
+            for number in value if isinstance(value, list) else [value]:
+                whole = isinstance(number, int) and not isinstance(number, bool)
+                if name in _SIZES and not (whole and 1 <= number <= _SIZES[name]):
+                    most = f"{_SIZES[name]:,}".replace(",", " ")
+                    raise UserError(f"{key} is {shown(value)}; it must be a whole number from 1 to {most}.")
+                if not isinstance(number, (bool, str, NoneType)) and not abs(_number(number)) <= 65536:
+                    raise UserError(
+                        f"{key} is {shown(value)}; it must be a number up to 65 536, a truth value, a text "
+                        "or a list."
+                    )
+        width, heads = (self.backbone_args.get(name) for name in ("embed_dim", "num_heads"))
+        if isinstance(width, int) and isinstance(heads, int) and width % heads:
+            raise UserError(
+                f"model.backbone_args.embed_dim is {width}, which {heads} heads do not divide; change "
+                "embed_dim or num_heads."
+            )
 
 
 @dataclass(frozen=True, config=CONFIG)

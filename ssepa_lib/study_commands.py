@@ -1,12 +1,26 @@
 """Commands on notebooks, studies, tables and benchmarks; see `commands`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg, create_mutex_group
 
-from ssepa_lib.commands import AnyFolder, Changes, Device, Folder, Number, Run, TestTimes, Yes, follow, pairs
+from ssepa_lib.commands import (
+    AnyFolder,
+    Changes,
+    Device,
+    Folder,
+    Number,
+    Run,
+    TestTimes,
+    Yes,
+    at_least,
+    follow,
+    one_or_more,
+    pairs,
+)
 from ssepa_lib.errors import UserError
 from ssepa_lib.workbook.progress import counter
 
@@ -34,8 +48,10 @@ def workbook(
         start: Start with this notebook.
         parameter: Set a parameter of the notebooks.
     """
+    from ssepa_lib.paths import results_root
     from ssepa_lib.workbook.runner import run_workbook
 
+    results_root()
     return run_workbook(preset, list(only), start, pairs(parameter), yes=yes)
 
 
@@ -81,6 +97,8 @@ def study(
         raise UserError(
             "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
         )
+    at_least(0, steps=steps, size=size or 0)
+    one_or_more(test_time=test_time)
     scoring = {"test_time": test_time, "size": size}
     options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
     options |= {"steps": steps, "device": device, "run_name": run_name}
@@ -99,11 +117,10 @@ def _queue(
     yes: bool,
 ) -> tuple["pd.DataFrame", int]:
     """The rows of a study after this shard of it, and how many runs are still missing."""
-    from ssepa_lib.data import build_dataset
     from ssepa_lib.workbook import queue
     from ssepa_lib.workbook.plan import confirm, plan
     from ssepa_lib.workbook.progress import StudyDisplay
-    from ssepa_lib.workbook.study import run_study, study_jobs
+    from ssepa_lib.workbook.study import require_scoring, run_study, study_jobs
 
     number = queue.number_of_workers(options["device"]) if processes is None else processes
     if number < 1:
@@ -111,7 +128,7 @@ def _queue(
     part = queue.parse_shard(shard)
     jobs = study_jobs(*what, **options)
     own = queue.share(jobs, part).values()
-    build_dataset(next(iter(jobs.values())).recipe.data, "train")  # missing data is reported before the time
+    require_scoring(next(iter(jobs.values())).recipe, options["splits"])
     confirm(plan(list(own)), yes)
     display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
     with display.show():
@@ -122,13 +139,13 @@ def _queue(
 
 def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:
     """Write the tables of a study as CSV and Markdown, and print them."""
-    from ssepa_lib.files import write_atomically, write_text
+    from ssepa_lib.files import write_csv, write_text
     from ssepa_lib.workbook.study import preset_folder
 
     path = preset_folder(preset) / "tables" / "-".join(filter(None, ("study", run_name)))
     text = study_text(runs, base, seeds)
     table = runs.drop(columns="settings")
-    write_atomically(path.with_suffix(".csv"), lambda part: table.to_csv(part, index=False))
+    write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
     write_text(path.with_suffix(".md"), f"{text}\n")
     print(text, path.with_suffix(".md"), sep="\n\n")
 
@@ -169,15 +186,17 @@ def readings(
         images: Only the first so many images; 0: all.
         out: Where to write readings.csv; by default the run folder.
     """
-    from ssepa_lib.files import write_atomically
+    from ssepa_lib.files import require_place, write_csv
     from ssepa_lib.workbook.readings import compare_readings
     from ssepa_lib.workbook.tables import to_markdown
 
+    at_least(0, images=images)
+    require_place(out or run)
     table = compare_readings(
         run, split, images=images, device=device, progress=counter("readings", "reading")
     )
     path = (out or run) / "readings.csv"
-    write_atomically(path, lambda part: table.round(2).to_csv(part, index=False))
+    write_csv(path, table.columns, table.round(2).itertuples(index=False, name=None))
     print(to_markdown(table), path, sep="\n")
 
 
@@ -205,20 +224,24 @@ def haaf(
         out: For haaf.csv and haaf.png; by default the run folder.
     """
     from ssepa_lib.data import measured_split
-    from ssepa_lib.files import write_text
+    from ssepa_lib.files import require_place, write_csv
     from ssepa_lib.recipe import HAAF_OBJECTIVES
     from ssepa_lib.training.run import load_run
     from ssepa_lib.workbook import figures, tables
     from ssepa_lib.workbook.haaf_study import compare_haaf_objectives
 
+    at_least(1, steps=steps, iterations=iterations)
+    one_or_more(splits=splits)
+    require_place(out or run)
     network, recipe = load_run(run, device)
     settings = {"attention": attention, "descriptor": descriptor, "iterations": iterations}
+    replace(recipe.affinity, **settings)  # checked before anything is computed
     variants = {kind: {"haaf_objective": kind} | settings for kind in HAAF_OBJECTIVES[1:]}
     datasets = [measured_split(recipe, split) for split in splits]
     progress = counter("HAAF", "step")
     table = compare_haaf_objectives(network, recipe, variants, datasets, steps=steps, progress=progress)
     files = [(out or run) / name for name in ("haaf.csv", "haaf.png")]
-    write_text(files[0], table.round(3).to_csv(index=False))
+    write_csv(files[0], table.columns, table.round(3).itertuples(index=False, name=None))
     figures.use_style()
     axes = figures.plot_haaf_objectives(table, datasets[0].split)
     figures.save_figure(axes[0].figure, files[1])
@@ -238,11 +261,13 @@ def tables(
         number: Numbers of the tables; field: other systems.
         preset: Data recipe.
     """
-    from ssepa_lib.paths import results_root
+    from ssepa_lib.paths import plain_name, results_root
+
+    folder = results_root() / plain_name("preset", preset)
     from ssepa_lib.workbook import published
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 
-    runs = collect_runs(results_root() / preset)
+    runs = collect_runs(folder)
     for each in number:
         print(f"\nTable {each}\n\n{to_markdown(getattr(published, f'table_{each}')(runs))}")
 
@@ -266,7 +291,10 @@ def bench(
         full: ViT-B at 448² on a CPU too (minutes per row).
     """
     from ssepa_lib.benchmarks.bench import run_suites
+    from ssepa_lib.files import require_place
+    from ssepa_lib.paths import results_root
 
+    require_place(out or results_root() / "bench")
     return run_suites(list(suite), out, quick=quick, full=full, device=device)
 
 
@@ -290,7 +318,13 @@ def gpu(
         dry_run: The whole path with toy sizes on the CPU.
     """
     from ssepa_lib.benchmarks.gpu import run_gpu
+    from ssepa_lib.files import require_place
 
+    if not 0 < minutes <= 10_000:
+        raise UserError(f"--minutes is {minutes}; it must be above 0 and at most 10 000.")
+    require_place(out)
+    if weights is not None and not weights.is_dir():
+        raise UserError(f"--weights {weights} is no folder; name the one that holds ViT-Tiny's weights.")
     return run_gpu(out, minutes, data=data, weights=weights, dry_run=dry_run)
 
 
@@ -305,5 +339,11 @@ def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, se
         seed: Seed.
     """
     from ssepa_lib.benchmarks.pretrain_shapes import pretrain
+    from ssepa_lib.files import require_place
 
+    at_least(1, steps=steps)
+    at_least(0, seed=seed)
+    require_place(out, folder=False)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out} must end in .safetensors; that is the format of the weights.")
     print(pretrain(out, steps=steps, seed=seed, on_step=follow("pretrain")))

@@ -14,6 +14,7 @@ from ssepa_lib.fields import (
     Fraction,
     NotTrained,
     Pixels,
+    Rate,
     Scales,
     Section,
     Share,
@@ -132,7 +133,7 @@ class ReinforceConfig(Section, key="reinforce"):
 class OptimConfig(Section, key="optim"):
     """AdamW and its learning-rate curve."""
 
-    lr: Annotated[float, Field(gt=0)] = 6e-5
+    lr: Rate = 6e-5
     """Learning rate of the backbone."""
     head_lr_factor: Annotated[float, Field(ge=0, le=100_000)] = 10.0
     """The same for classifiers, decoder and projection head, as a multiple of it."""

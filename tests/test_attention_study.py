@@ -27,12 +27,6 @@ def test_rollout_without_prefix_tokens_keeps_the_mass():
     assert torch.allclose(rolled.sum(-1), torch.ones(1, 4))
 
 
-def test_a_patch_belongs_to_the_pixel_in_its_middle():
-    mask = torch.zeros(6, 6, dtype=torch.uint8)
-    mask[1, 1], mask[1, 4], mask[4, 4] = 2, 255, 3
-    assert attention_study.patch_objects(mask, (2, 2)).tolist() == [2, 0, 0, 3]
-
-
 def test_a_claim_is_tested_seed_by_seed():
     deep = pd.DataFrame(
         {

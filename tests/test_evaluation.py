@@ -1,23 +1,26 @@
 import json
+import re
 from dataclasses import replace
 from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from toy_network import ColourNetwork, TwoImages, recipe, without_crf
 
 from ssepa_lib.compose import save_recipe
 from ssepa_lib.data import build_dataset, eval_batches
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.evaluate import evaluate, evaluate_run
+from ssepa_lib.evaluation.evaluate import evaluate, evaluate_run, stored_result
 from ssepa_lib.evaluation.multiscale import segmentation_logits
+from ssepa_lib.evaluation.provenance import training_settings
 from ssepa_lib.evaluation.results import MEASURES
 from ssepa_lib.evaluation.scores import BoundaryIoU, Confusion
 from ssepa_lib.labels.cam import cam_to_label, multi_scale_cam
 from ssepa_lib.labels.refine import build_refiner
 from ssepa_lib.model import build_network
-from ssepa_lib.training.run import RunFolder
+from ssepa_lib.training.run import RunFolder, fingerprint
 
 EVALUATE = import_module("ssepa_lib.evaluation.evaluate")  # the function of that name hides the module
 
@@ -214,3 +217,49 @@ def test_a_result_of_an_older_version_is_scored_where_its_setting_is_current(run
     run.metrics.write_text(json.dumps({"format": 99, "val": old}))
     with pytest.raises(UserError, match="newer version"):
         evaluate_run(run.path, device="cpu")
+
+
+def test_a_result_of_other_weights_is_measured_again(run, monkeypatch):
+    """As after copying metrics.json from another run of the same recipe."""
+    calls = columns_scored(monkeypatch)
+    first = evaluate_run(run.path, outputs=("cam",), device="cpu")
+    assert first["setting"]["weights"] == run.fingerprint() == fingerprint(load_file(run.weights))
+    network, recipe = run.load("cpu")
+    with torch.no_grad():
+        network.classifier.weight.neg_()
+    run.save_weights(network, recipe, recipe.train.steps)
+    assert stored_result(run.path, outputs=("cam",)) is None
+    second = evaluate_run(run.path, outputs=("cam",), device="cpu")
+    assert calls == [["cam"]] * 2 and second["setting"]["weights"] == run.fingerprint()
+    assert second["setting"]["weights"] != first["setting"]["weights"]
+    assert second["setting"]["pixels"] == first["setting"]["pixels"]
+
+
+def test_the_fingerprint_of_weights_tells_name_type_shape_and_value_apart():
+    base = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(True)}
+    found = {
+        fingerprint(state)
+        for state in (
+            base,
+            base | {"a": torch.tensor([1.0, -2.0])},
+            base | {"a": torch.tensor([[1.0, 2.0]])},
+            base | {"a": base["a"].view(torch.int32)},
+            {"a": base["a"], "c": base["b"]},
+        )
+    }
+    assert len(found) == 5 and all(len(each) == 16 for each in found)
+    turned = {"b": base["b"], "a": torch.tensor([[1.0, 0], [2.0, 0]])[:, 0]}
+    assert fingerprint(turned) == fingerprint(base), "neither order nor memory layout counts"
+
+
+def test_the_setting_says_where_the_numbers_come_from_without_a_path(run):
+    setting = evaluate_run(run.path, outputs=("cam",), device="cpu")["setting"]
+    assert torch.__version__.startswith(setting["versions"]["torch"])
+    assert setting["training"]["train"]["steps"] == 6
+    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", setting["commit"])
+    folder = replace(run.recipe().data, name="folder", root="/home/someone/images")
+    private = replace(run.recipe(), data=folder)
+    private = replace(private, model=replace(private.model, weights="/home/someone/vit.safetensors"))
+    found = training_settings(private)
+    assert "root" not in found["data"] and found["model"]["weights"] == "vit.safetensors"
+    assert private.data.root and "someone" in private.model.weights, "the recipe itself stays"

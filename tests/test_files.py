@@ -6,11 +6,22 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import FolderLock, read_json, write_atomically, write_csv, write_json, write_text
+from ssepa_lib.files import (
+    FolderInUse,
+    FolderLock,
+    _process,
+    remove_parts,
+    write_atomically,
+    write_csv,
+    write_json,
+    write_text,
+)
+from ssepa_lib.readers import read_json
 
 
 def names(folder):
@@ -102,3 +113,79 @@ def test_a_stale_lock_is_taken_over_on_the_same_host_only(tmp_path):
         with pytest.raises(UserError, match=r"delete .*\.lock"):
             FolderLock(tmp_path).__enter__()
         assert (tmp_path / ".lock").read_text(encoding="utf-8") == foreign
+
+
+def holder(**changes):
+    """The lock of a dead process of this host."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    known = {"host": socket.gethostname(), "pid": dead.pid, "started": "2026-01-01 00:00:00"}
+    return known | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "minutes", "taken_over"),
+    [
+        ({"pid": os.getpid()}, 0, False),
+        ({"pid": os.getpid(), "born": "1"}, 0, True),  # the number was given to another process
+        ({"pid": os.getpid(), "space": "pid:[1]"}, 0, False),  # in a container of the same name
+        ({"pid": 7, "space": "pid:[1]"}, 29, False),
+        ({"pid": 7, "space": "pid:[1]"}, 31, True),
+        ({"host": "elsewhere"}, 29, False),
+        ({"host": "elsewhere"}, 31, True),
+        (None, 0.5, False),  # its writer was killed in the middle
+        (None, 2, True),
+    ],
+)
+def test_when_a_lock_counts_as_left_behind(tmp_path, changes, minutes, taken_over):
+    path = tmp_path / ".lock"
+    path.write_text("" if changes is None else json.dumps(holder(**changes)))
+    silent_since = time.time() - 60 * minutes
+    os.utime(path, (silent_since, silent_since))
+    if taken_over:
+        with FolderLock(tmp_path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert names(tmp_path) == []
+        return
+    with pytest.raises(FolderInUse, match=r"in use by process .* since .*delete .*\.lock") as error:
+        FolderLock(tmp_path).__enter__()
+    text = str(error.value)
+    elsewhere = changes is None or {"host", "space"} & changes.keys()
+    assert ("is taken over after" in text) == bool(elsewhere) and "\n" not in text
+
+
+def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path):
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    while _process(zombie.pid)[0] not in ("Z", ""):
+        time.sleep(0.01)
+    (tmp_path / ".lock").write_text(json.dumps(holder(pid=zombie.pid)))
+    with FolderLock(tmp_path):
+        pass
+    zombie.wait()
+
+
+def test_a_holder_gives_signs_of_life_and_leaves_the_lock_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(FolderLock, "RENEWED", 0.01)
+    lock = FolderLock(tmp_path)
+    with lock:
+        os.utime(lock.path, (0, 0))
+        end = time.monotonic() + 10
+        while lock.path.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert lock.path.stat().st_mtime > 0
+        lock.path.write_text("of another process, which thought that this one was dead")
+    assert names(tmp_path) == [".lock"]
+
+
+def test_parts_that_killed_writers_left_are_removed(tmp_path):
+    for name in (
+        ".state.0a.part.pt",
+        ".state.previous.0a.part.pt",
+        ".a.b.0a.part.png",
+        "a.png",
+        ".x.part.png",
+    ):
+        (tmp_path / name).touch()
+    remove_parts(tmp_path / "state.pt")
+    remove_parts(tmp_path / "*.png")
+    assert names(tmp_path) == [".x.part.png", "a.png"]

@@ -4,9 +4,10 @@ import torch
 
 from ssepa_lib.data import IGNORE, split_of
 from ssepa_lib.evaluation import refined_mious
-from ssepa_lib.labels import build_refiner
+from ssepa_lib.labels import build_refiner, normalise_cam
 from ssepa_lib.model import build_network
 from ssepa_lib.workbook import haaf_study, map_study
+from ssepa_lib.workbook.study import samples
 
 
 @pytest.fixture
@@ -111,3 +112,36 @@ def test_a_dataset_without_masks_is_named_in_one_sentence(trained, monkeypatch, 
     assert map_study.has_masks(dataset) and capsys.readouterr().out == ""
     monkeypatch.setattr(dataset, "mask", lambda i: None)
     assert not map_study.has_masks(dataset) and "no masks" in capsys.readouterr().out
+
+
+def test_the_plain_cam_can_be_cut_at_0_before_it_is_enlarged(trained):
+    network, recipe, dataset = trained
+    shown = [i for i in range(len(dataset)) if dataset.label(i).any()][:2]
+    pixels, labels, _ = samples(dataset, shown, 32)
+    kinds, refiners = (
+        labels.argmax(1).tolist(),
+        {"after": None, "before": map_study.unrefined(recipe.affinity)},
+    )
+    maps = map_study.class_maps(network, recipe, pixels, labels, kinds, refiners)
+    with torch.no_grad():
+        cam = network(pixels).cam[range(len(shown)), kinds][:, None]  # [n, 1, h, w]
+    for name, small in {"after": cam, "before": cam.relu()}.items():
+        enlarged = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").relu()
+        assert torch.allclose(maps[name], normalise_cam(enlarged)[:, 0], atol=1e-5)
+    assert not torch.equal(maps["after"], maps["before"])
+
+
+def test_the_menus_of_the_microscope_offer_every_class_of_an_image(trained):
+    network, recipe, dataset = trained
+    shown = [i for i in range(len(dataset)) if dataset.label(i).any()]
+    forms = {
+        "uniform": haaf_study.uniform_refiner(recipe.affinity),
+        "plain": map_study.unrefined(recipe.affinity),
+    }
+    panel = map_study.microscopes(network, recipe, dataset, forms, shown)
+    offered = panel.menus["image"].options
+    assert len(offered) == sum(int(dataset.label(i).sum()) for i in shown)
+    assert offered[0] == f"{dataset.ids[shown[0]]}: {dataset.classes[int(dataset.label(shown[0]).argmax())]}"
+    before = panel.view.blob
+    panel.menus["affinity"].value = "plain"
+    assert panel.view.blob != before and panel.view.spec["layers"] == [None]

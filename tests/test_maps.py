@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.maps import floor, mass_by_part
+from ssepa_lib.evaluation.maps import floor, mass_by_part, patch_ids
 
 PARTS = torch.tensor([[1, 2], [2, 0]])
 
@@ -34,3 +34,25 @@ def test_sizes_that_differ_are_refused():
         mass_by_part(torch.ones(4, 4), PARTS)
     with pytest.raises(UserError, match="same size"):
         floor(torch.ones(4, 4), PARTS)
+
+
+def test_a_patch_belongs_to_the_class_of_most_of_its_pixels():
+    mask = torch.tensor(
+        [
+            [7, 0, 3, 255],
+            [7, 7, 255, 255],  # patch 1: one pixel of class 3 and three ignored ones
+            [0, 2, 255, 255],
+            [2, 0, 255, 255],  # patch 2: a tie, the lower class
+        ],
+        dtype=torch.uint8,
+    )
+    assert patch_ids(mask, (2, 2)).tolist() == [[7, 3], [0, 255]]
+    assert patch_ids(mask, (1, 1)).tolist() == [[0]]
+    assert patch_ids(mask[2:, 2:], (1, 1)).tolist() == [[255]]
+
+
+def test_the_pixel_in_the_corner_of_a_patch_does_not_decide():
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[1:5, 1:5] = 1  # an object that begins one pixel after the corner of a patch
+    assert patch_ids(mask, (2, 2)).tolist() == [[1, 0], [0, 0]]
+    assert patch_ids(torch.ones(7, 5, dtype=torch.uint8), (3, 2)).tolist() == [[1, 1]] * 3

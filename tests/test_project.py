@@ -14,6 +14,7 @@ import yaml
 from ssepa_lib import private_api
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
+from ssepa_lib.workbook import colab
 from ssepa_lib.workbook.notebooks import discover
 
 NUMBERS = [f"{n:02d}" for n in range(8)]
@@ -75,11 +76,12 @@ def test_notebook_is_stripped(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_notebook_has_the_house_order(path):
-    """Title, parameters, imports … Checks with asserts, Takeaways."""
+    """Title, the cell for Colab, parameters, imports … Checks with asserts, Takeaways."""
     content = cells(path)
     assert content[0].cell_type == "markdown" and content[0].source.startswith("# ")
     code = [cell for cell in content if cell.cell_type == "code"]
-    assert "parameters" in code[0].metadata.get("tags", []) and "import" in code[1].source
+    assert [cell.metadata.get("tags") for cell in code[:2]] == [[colab.TAG], ["parameters"]]
+    assert "import" in code[2].source
     text = "\n".join(cell.source for cell in content if cell.cell_type == "markdown")
     headings = re.findall(r"^## .*$", text, re.M)
     assert headings[-2:] == ["## Checks", "## Takeaways"]
@@ -100,10 +102,10 @@ def test_notebook_cells_are_short_and_define_nothing(path):
 def test_every_parameter_is_explained_and_used():
     for path in FILES:
         code = [cell.source for cell in cells(path) if cell.cell_type == "code"]
-        for line in code[0].splitlines():
+        for line in code[1].splitlines():
             assert re.match(r"\w+ = .+  # \w", line), f"{path.name}: {line}"
             name = line.split(" = ")[0]
-            assert any(re.search(rf"\b{name}\b", source) for source in code[1:]), (
+            assert any(re.search(rf"\b{name}\b", source) for source in code[2:]), (
                 f"{path.name}: nobody reads {name}"
             )
 

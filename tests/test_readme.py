@@ -252,7 +252,7 @@ def make(*words, **variables):
 @pytest.mark.skipif(MAKE is None, reason="make is not installed")
 def test_make_targets():
     shown = make("help").stdout
-    for target in ("setup", "workbook", "tour", "lab", "test", "lint", "format", "lock"):
+    for target in ("setup", "workbook", "tour", "lab", "test", "soak", "lint", "format", "lock"):
         assert f"make {target} " in shown and make("-n", target).returncode == 0
     assert "workbook --only 00" in make("-n", "tour").stdout
     assert ("--allow-root" in make("-n", "lab").stdout) == (os.getuid() == 0)

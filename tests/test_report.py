@@ -112,6 +112,21 @@ def test_the_index_begins_with_question_and_answer(notebook, tmp_path):
     assert 'href="00_a.html"' in index and "<math" in index and "http" not in index
 
 
+def test_the_index_says_where_every_number_comes_from(tmp_path):
+    old, new = result("toco", 0, cam=45.0), result("ssepa", 0, cam=45.0)
+    new["val"]["setting"] |= {"weights": "0123456789abcdef", "versions": {"torch": "2.11"}, "commit": "<abc>"}
+    for name, found in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(found))
+    index = write_report(tmp_path).read_text()
+    rows = re.findall(r"<tr><td>(?:new|old)</td><td>val</td>.*?</tr>", index)
+    assert ["0123456789abcdef" in row and "torch 2.11" in row and "&lt;abc&gt;" in row for row in rows] == [
+        True,
+        False,
+    ]
+    assert rows[1].count("not recorded") == 6
+
+
 def test_an_index_without_results_says_so(tmp_path):
     (tmp_path / "notebooks").mkdir()
     assert "No trained run has been evaluated yet." in write_report(tmp_path).read_text()

@@ -136,6 +136,27 @@ def test_opening_a_run(study_runs):
         study.open_run("shapes", "toco", device="cpu", steps=300)
 
 
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("open_run('shapes', 'ssepa', device='cpu')", "there is no finished run"),  # 04 before 03
+        ("open_run('voc_mini', 'ssepa', device='cpu')", "--preset voc_mini --only 03"),  # of another preset
+        ("recipe_for('shpaes', 'ssepa')", "shpaes"),
+        ("preset_folder('shapes', '../x')", "plain folder name"),
+    ],
+)
+def test_a_notebook_shows_one_sentence_and_no_stack_trace(line, sentence, tmp_path, monkeypatch, capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path / "results"))
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+    shell.run_cell(f"from ssepa_lib.workbook import study\nstudy.{line}")
+    shown = capsys.readouterr().out
+    assert shown.startswith("UserError: ") and sentence in shown and len(shown.splitlines()) == 1
+
+
 def test_one_network_under_several_refiners(study_runs):
     network, recipe = load_run(study.run_folder("shapes", "ssepa", 0), "cpu")
     dataset, config = split_of(recipe, "val", 4), recipe.affinity

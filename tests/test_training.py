@@ -14,7 +14,8 @@ from ssepa_lib.compose import load_recipe, save_recipe
 from ssepa_lib.data import build_dataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.methods import total_loss
-from ssepa_lib.training import RunFolder, load_run, train
+from ssepa_lib.training import RunFolder, Trainer, load_run, train
+from ssepa_lib.training.run import fingerprint
 from ssepa_lib.training.trainer import learning_rate_factor
 
 
@@ -57,23 +58,36 @@ def test_terms_and_their_weights_start_at_the_published_step(tiny, trainer_for):
     assert load_recipe("voc/ssepa").segmentation_step == 2000
 
 
-@pytest.mark.parametrize("method", ["toco", "ssepa", "ssepa_fsr"])
+def losses(folder):
+    """The rows of a history without the time they took."""
+    with (folder / "history.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("method", ["toco", "ssepa_plus", "fsr+ssepa_plus", "afa", "mcc"])
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tiny, tmp_path, method):
-    recipe = tiny(method, **{"losses.segmentation_start": 0.3})
+    """The checkpoint of step 3 lies between two rows of the history, so their means are resumed as well."""
+    rhythm = {"train.log_every": 2, "train.save_every": 3, "losses.segmentation_start": 0.3}
+    recipe = tiny(method, **rhythm)
     train(recipe, tmp_path / "whole")
 
     def stop(row):
-        if row["step"] == 5:  # the last checkpoint is at step 4
+        if row["step"] == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut", on_step=stop)
     assert not RunFolder(tmp_path / "cut").is_finished(recipe)
+    (tmp_path / "cut" / "history.csv").write_text("broken")
     train(recipe, tmp_path / "cut")
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    rows = [list(csv.DictReader((tmp_path / run / "history.csv").open())) for run in ("whole", "cut")]
-    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]] and len(rows[0]) == 6
+    states = [torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "cut")]
+    parts = [
+        {name: fingerprint(part) for name, part in state.items() if name != "history"} for state in states
+    ]
+    parts[0].pop("checksum"), parts[1].pop("checksum")  # they count the seconds as well
+    assert parts[0] == parts[1]
+    assert RunFolder(tmp_path / "whole").fingerprint() == RunFolder(tmp_path / "cut").fingerprint()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == 3
 
 
 def test_watching_a_run_leaves_it_bit_for_bit_the_same(tiny, tmp_path):
@@ -119,7 +133,27 @@ def test_history_averages_a_term_over_the_steps_that_had_it(tiny, tmp_path):
     assert seen[0]["cls"] == pytest.approx(sum(row["cls"] for row in each) / 4)
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(tiny, tmp_path):
+def test_a_loss_that_is_not_finite_names_term_and_images_and_keeps_the_checkpoint(
+    tiny, tmp_path, monkeypatch
+):
+    recipe, seen, terms = tiny(**{"train.log_every": 3, "train.save_every": 2}), [], Trainer.terms
+
+    def break_one(self, batch):
+        seen.append(batch.id)
+        found = terms(self, batch)
+        return found | {"ptc": found["ptc"] * float("nan")} if self.index == 2 else found
+
+    monkeypatch.setattr(Trainer, "terms", break_one)
+    with pytest.raises(UserError, match=r"at step 3 of run: ptc on the images .*optim\.lr") as error:
+        train(recipe, tmp_path / "run")
+    assert ", ".join(seen[2]) in str(error.value) and "\n" not in str(error.value)
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"recipe.yaml", "state.pt"}, "nothing of a broken step is written"
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["index"] == 2 and all(value.isfinite().all() for value in state["network"].values())
+
+
+def test_a_diverging_run_stops_with_advice(tiny, tmp_path):
     with pytest.raises(UserError, match="optim.lr"):
         train(tiny("toco", **{"optim.lr": 1e30, "optim.warmup": 0.0}), tmp_path)
     assert not (tmp_path / "weights.safetensors").exists()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def run_suites(
             raise UserError(f"there is no suite '{name}'; choose from {', '.join(SUITES)}.")
     setup = open_setup(device, quick=quick, full=full)
     out = out or results_root() / "bench"
-    report = {
+    report: dict[str, Any] = {
         "machine": machine(setup.device),
         "quick": quick,
         "data": "VOC" if setup.data else "built-in",

@@ -14,7 +14,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssepa_lib.compose import load_recipe
@@ -23,6 +22,7 @@ from ssepa_lib.device import autocast, resolve_device
 from ssepa_lib.files import write_atomically
 from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.randomness import seeded
+from ssepa_lib.training.checkpoint import write_weights
 
 _CELLS = 2  # colours are painted per half patch side: mean colours, not pixel noise
 _LEARNING_RATE = 1.5e-3
@@ -209,5 +209,5 @@ def pretrain(
     values = backbone.vit.state_dict().items()
     state = {name: value.detach().cpu().half().contiguous() for name, value in values}
     metadata = {"made by": made, "timm": timm.__version__}
-    write_atomically(out, lambda part: save_file(state, part, metadata))
+    write_atomically(out, lambda part: write_weights(part, state, metadata))
     return out

@@ -1,7 +1,8 @@
 """COCO 2014 as semantic segmentation: 80 classes, masks painted from the instances."""
 
-import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ssepa_lib.data.images import write_mask
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import write_csv
 from ssepa_lib.paths import PROJECT
+from ssepa_lib.readers import parse_json
 
 _NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, "
@@ -61,15 +63,14 @@ def _read_instances(root: Path, split: str) -> tuple[list[dict], list[dict], dic
     if not path.is_file():
         raise UserError(f"{path} is missing; unpack annotations_trainval2014.zip at {root}.")
     try:
-        content = json.loads(path.read_bytes())
-        images = content["images"]
-        annotations = content["annotations"]
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        names = tuple(category["name"] for category in categories)
-    except (ValueError, KeyError, TypeError) as error:
+        content = parse_json(path.read_bytes())
+        images, annotations, categories = check_instances(content)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no COCO instances file ({error}); unpack annotations_trainval2014.zip again."
         ) from error
+    categories = sorted(categories, key=lambda category: category["id"])
+    names = tuple(category["name"] for category in categories)
     foreign = [i["file_name"] for i in images if not i["file_name"].startswith(f"COCO_{split}2014_")]
     if foreign or names != COCO_CLASSES:
         what = f"lists {foreign[0]}" if foreign else "has other categories"
@@ -77,6 +78,63 @@ def _read_instances(root: Path, split: str) -> tuple[list[dict], list[dict], dic
             f"{path} {what}: not the COCO 2014 {split} file; unpack annotations_trainval2014.zip."
         )
     return images, annotations, {category["id"]: i for i, category in enumerate(categories, start=1)}
+
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "annotations": {"image_id": int, "category_id": int, "area": (int, float), "segmentation": (list, dict)},
+    "categories": {"id": int, "name": str},
+}
+
+
+def check_instances(content: Any) -> list[list[dict[str, Any]]]:
+    """Images, annotations and categories of an instances file, if they are as COCO describes them.
+
+    Raises:
+        ValueError: something is missing, of another type, out of range, or refers to what is not there.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it holds no sections")
+    for kind, fields in _FIELDS.items():
+        if not isinstance(content.get(kind), list):
+            raise ValueError(f"the list '{kind}' is missing")
+        for number, entry in enumerate(content[kind]):
+            for name, wanted in fields.items():
+                value = entry.get(name) if isinstance(entry, dict) else None
+                if not isinstance(value, wanted) or isinstance(value, bool):
+                    raise ValueError(f"'{name}' of {kind}[{number}] is missing or malformed")
+    for kind in ("images", "categories"):
+        if len({entry["id"] for entry in content[kind]}) < len(content[kind]):
+            raise ValueError(f"two entries of '{kind}' have the same id")
+    images = {image["id"]: image for image in content["images"]}
+    known = {category["id"] for category in content["categories"]}
+    for number, image in enumerate(content["images"]):
+        if not re.fullmatch(r"[\w-]+\.jpg", image["file_name"]):
+            raise ValueError(f"'file_name' of images[{number}] is no name of a .jpg file")
+        if not (1 <= image["height"] <= 20_000 and 1 <= image["width"] <= 20_000):
+            raise ValueError(f"the size of images[{number}] is not within 1 to 20 000 pixels")
+    for number, thing in enumerate(content["annotations"]):
+        if thing["image_id"] not in images or thing["category_id"] not in known:
+            raise ValueError(f"annotations[{number}] belongs to an image or a category that is not there")
+        if not _is_shape(thing["segmentation"], images[thing["image_id"]]):
+            raise ValueError(f"'segmentation' of annotations[{number}] is no polygon and no run lengths")
+    return [content[kind] for kind in _FIELDS]
+
+
+def _is_shape(shape: list | dict, image: dict[str, Any]) -> bool:
+    """Whether a segmentation is a list of polygons, or run lengths that fill the image exactly."""
+    size = [image["height"], image["width"]]
+    if isinstance(shape, dict):
+        counts = shape.get("counts")
+        whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+        return whole and shape.get("size") == size and sum(counts) == size[0] * size[1]
+    return bool(shape) and all(
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(type(value) in (int, float) and abs(value) <= 40_000 for value in polygon)
+        for polygon in shape
+    )
 
 
 def _paint_split(root: Path, split: str, progress: Progress | None) -> list[tuple[str, str]]:
@@ -114,7 +172,7 @@ def paint(annotations: list[dict], ids: dict[int, int], height: int, width: int)
         shape = annotation["segmentation"]
         if isinstance(shape, list):
             shape = runs.merge(runs.frPyObjects(shape, height, width))
-        elif isinstance(shape["counts"], list):
+        else:
             shape = runs.frPyObjects(shape, height, width)
         canvas[runs.decode(shape) > 0] = ids[annotation["category_id"]]
     return canvas

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssepa_lib.data.download import Progress
-from ssepa_lib.data.images import read_image, read_mask, voc_palette
+from ssepa_lib.data.images import UNREADABLE, read_image, read_mask, voc_palette
 from ssepa_lib.errors import UserError
+from ssepa_lib.files import require_place
 from ssepa_lib.recipe import DataConfig, Recipe
 
 DATASETS: dict[str, type["SegmentationDataset"]] = {}
@@ -178,7 +179,7 @@ class FileDataset(SegmentationDataset):
             with Image.open(self.images[i]) as file:  # the header alone
                 turned = self.upright and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 size = file.size[::-1] if turned else file.size
-        except OSError as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.images[i]}: unreadable image ({error}); replace the file.") from error
         return read_mask(self.masks[i], len(self.classes), size)
 
@@ -274,6 +275,12 @@ def _preparation(name: str) -> tuple[type[SegmentationDataset], Preparation]:
     return known[name]
 
 
+def _place(dataset: type[SegmentationDataset], root: Path | None) -> Path:
+    place = dataset.find_root(root or "")
+    require_place(place, writable=False)
+    return place
+
+
 def preparable() -> list[str]:
     """What `prepare` and `verify` know, each after what it builds on."""
     return [name for cls in DATASETS.values() for name in cls.preparations]
@@ -291,7 +298,7 @@ def prepare(name: str, root: Path | None = None, progress: Progress | None = Non
         UserError: another name, no host answers, or files that are damaged or in the way.
     """
     dataset, preparation = _preparation(name)
-    return preparation.prepare(dataset.find_root(root or ""), progress)
+    return preparation.prepare(_place(dataset, root), progress)
 
 
 def verify(name: str, root: Path | None = None) -> Verification:
@@ -305,4 +312,4 @@ def verify(name: str, root: Path | None = None) -> Verification:
         UserError: another name.
     """
     dataset, preparation = _preparation(name)
-    return preparation.verify(dataset.find_root(root or ""))
+    return preparation.verify(_place(dataset, root))

@@ -72,6 +72,18 @@ def fetch(source: Source, folder: Path, progress: Progress | None = None) -> Pat
     )
 
 
+class _StayEncrypted(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection from an encrypted address to an unencrypted one."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise OSError(f"redirects to {newurl}, which is not encrypted")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_StayEncrypted)
+
+
 @dataclass
 class _ResumingDownload:
     """Downloader for pooch that continues the file `part` and hands it over when it is complete."""
@@ -89,7 +101,7 @@ class _ResumingDownload:
         if self.size:
             request.add_header("Range", f"bytes={self.size}-")
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            with _OPENER.open(request, timeout=_TIMEOUT) as response:
                 self._save(response)
         except urllib.error.HTTPError as error:
             if error.code != 416 or not self.size:  # 416: nothing is left to send, the sum will tell

@@ -1,12 +1,12 @@
 """Your own images: a folder with `images/`, a table of labels and, to measure, `masks/`."""
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
 from ssepa_lib.data.datasets import FileDataset, refuse_missing, stems
 from ssepa_lib.data.images import IGNORE, IMAGE_SUFFIXES
 from ssepa_lib.errors import UserError
+from ssepa_lib.readers import read_lines, read_table
 
 
 def read_label_table(path: Path) -> list[dict[str, str]]:
@@ -18,13 +18,7 @@ def read_label_table(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; write one row per image with the columns image, classes.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or [])
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: unreadable table ({error}); save it as comma-separated UTF-8.") from error
+    columns, rows = read_table(path, "table of labels")
     lacking = {"image", "classes"} - set(columns)
     unknown = set(columns) - {"image", "classes", "split"}
     if lacking or unknown:
@@ -33,9 +27,6 @@ def read_label_table(path: Path) -> list[dict[str, str]]:
     seen = set()
     for number, row in enumerate(rows, start=2):
         where = f"{path}, line {number}"
-        if None in row or None in row.values():
-            raise UserError(f"{where}: {len(columns)} values expected; separate classes by ';'.")
-        row.update({key: value.strip() for key, value in row.items()})
         if not row["classes"]:
             raise UserError(f"{where}: {row['image']} has no class; name one, or 'background' for none.")
         if row["image"] in seen:
@@ -136,13 +127,16 @@ class FolderDataset(TableDataset):
 
     @staticmethod
     def _read_classes(path: Path, rows: list[dict[str, str]]) -> list[str]:
-        if path.is_file():
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-            names = [line for line in lines if line]
+        if path.exists():
+            names = read_lines(path, "list of classes")
             if len(set(names)) < len(names) or "background" in names:
                 raise UserError(f"{path}: list every class once, without the background.")
         else:
+            path = path.with_name("labels.csv")
             names = sorted({name for row in rows for name in class_names(row)})
+        for name in names:
+            if not name.isprintable() or set(name) & set(";$"):
+                raise UserError(f"{path}: '{name}' cannot be a class; write names without ';' and '$'.")
         if not 0 < len(names) < IGNORE:
             raise UserError(f"{path}: {len(names)} classes; give 1 to {IGNORE - 1}.")
         return names

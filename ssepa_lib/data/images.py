@@ -3,6 +3,7 @@
 Masks hold class ids: 0 background, 1..C the classes of a dataset in order, 255 ignore.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from ssepa_lib.files import write_atomically
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises at a file that is missing, damaged, not an image, or far too large."""
 
 
 def voc_palette() -> list[tuple[int, int, int]]:
@@ -33,7 +36,7 @@ def read_image(path: Path, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as file:
             return (ImageOps.exif_transpose(file) if upright else file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{path}: unreadable image ({error}); replace the file or take it out of the list."
         ) from error
@@ -54,7 +57,7 @@ def read_mask(path: Path, classes: int, size: tuple[int, int] | None = None) -> 
         with Image.open(path) as file:
             mode = file.mode
             ids = np.array(file)
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: unreadable mask ({error}); unpack or write it again.") from error
     if mode not in ("P", "L"):
         raise UserError(

@@ -13,18 +13,32 @@ from ssepa_lib.data.views import TrainViews, collate
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import Recipe
 
+HANGS_AFTER = 900.0  # seconds without a batch after which loader processes count as hanging
+
 
 class _Loader(DataLoader):
-    """A DataLoader that leaves the global random state alone and keeps a worker's UserError one sentence."""
+    """A DataLoader that leaves the global random state alone, and whose workers fail in one sentence."""
 
-    def __init__(self, dataset: Dataset, **settings) -> None:
-        super().__init__(dataset, generator=torch.Generator(), **settings)
+    def __init__(self, dataset: Dataset, num_workers: int, **settings) -> None:
+        timeout = HANGS_AFTER if num_workers else 0
+        super().__init__(
+            dataset, num_workers=num_workers, timeout=timeout, generator=torch.Generator(), **settings
+        )
 
     def __iter__(self) -> Iterator:
         try:
             yield from super().__iter__()
         except UserError as error:  # torch prepends the worker's traceback to the message
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            if not (isinstance(error, MemoryError) or reason.startswith("DataLoader ")):
+                raise
+            raise UserError(
+                f"the processes that load images have failed ({reason or 'memory is exhausted'}); see "
+                "whether the disk of the images answers and memory suffices, or lower data.workers, "
+                "and run the same command again."
+            ) from error
 
 
 def train_loader(

@@ -215,9 +215,13 @@ def _plan(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    _require_split(split)
+    return _rng(seed, split, index)
+
+
+def _require_split(split: str) -> None:
     if split not in ("train", "val", "test"):
         raise UserError(f"shapes: there is no split '{split}'; choose train, val or test.")
-    return _rng(seed, split, index)
 
 
 def scene_facts(split: str, index: int, seed: int = 0) -> SceneFacts:
@@ -304,12 +308,15 @@ class ShapesDataset(SegmentationDataset):
     default_root = PACKAGE / "data"  # nothing is read: this folder's code draws the images
 
     def __init__(self, split: str, images: int = 512, seed: int = 0) -> None:
+        _require_split(split)
         super().__init__(split, SHAPE_CLASSES, [f"{split}_{i:05d}" for i in range(images)])
         self.seed = seed
         self._scenes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def load(cls, root: object, split: str, images: int = 0) -> "ShapesDataset":
+        if images > 1_000_000:
+            raise UserError(f"shapes: {images} images are too many; choose 1 000 000 or fewer.")
         return cls(split, images or 512)
 
     def _scene(self, i: int) -> tuple[np.ndarray, np.ndarray]:

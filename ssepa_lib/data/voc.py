@@ -4,6 +4,7 @@ import io
 import shutil
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +18,7 @@ from ssepa_lib.data.images import classes_in, read_mask, write_mask
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import write_text
 from ssepa_lib.paths import PROJECT
+from ssepa_lib.readers import decode, read_lines
 
 _NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -29,7 +31,6 @@ VOC = Source(
     "6cd6e144f989b92b3379bac3b3de84fd",
     (
         f"https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/{_VOC_FILE}",
-        f"http://host.robots.ox.ac.uk/pascal/VOC/voc2012/{_VOC_FILE}",
         f"https://d2l-data.s3-accelerate.amazonaws.com/{_VOC_FILE}",
     ),
 )
@@ -37,7 +38,7 @@ _SBD_PATH = "Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tg
 SBD = Source(
     "benchmark.tgz",
     "82b4d87ceb2ed10f6038a1cba92111cb",
-    (f"https://www2.eecs.berkeley.edu/{_SBD_PATH}", f"http://www.eecs.berkeley.edu/{_SBD_PATH}"),
+    (f"https://www2.eecs.berkeley.edu/{_SBD_PATH}",),
 )
 COUNTS = {"JPEGImages": 17125, "Annotations": 17125, "SegmentationClass": 2913}
 SPLITS = {"train": 1464, "val": 1449}
@@ -51,8 +52,19 @@ def _list_file(root: Path, split: str) -> Path:
 
 
 def _listed(root: Path, split: str) -> list[str]:
+    """The ids in the list of a split; none without such a file.
+
+    Raises:
+        UserError: it is no text, or a line holds more than one id, or one that was there before.
+    """
     path = _list_file(root, split)
-    return path.read_text().split() if path.is_file() else []
+    ids = read_lines(path, "list of a split") if path.is_file() else []
+    twice = {i for i, number in Counter(ids).items() if number > 1}
+    for number, i in enumerate(ids, start=1):
+        if len(i.split()) > 1 or i in twice:
+            fault = "is listed twice" if i in twice else "is more than one id"
+            raise UserError(f"{path}, line {number}: '{i[:80]}' {fault}; write one id per line, each once.")
+    return ids
 
 
 def _require_complete(result: Verification, rubbish: str) -> None:
@@ -140,7 +152,8 @@ def _convert_sbd(archive: Path, folder: Path, skip: set[str], progress: Progress
                     ids = _read_sbd(tar.extractfile(member).read(), f"{archive}: {member.name}")
                     write_mask(folder / f"{path.stem}.png", ids)
                 elif member.isfile() and path.name in ("train.txt", "val.txt"):
-                    listed |= set(tar.extractfile(member).read().decode().split())
+                    content = tar.extractfile(member).read()
+                    listed |= set(decode(content, f"{archive}: {member.name}").split())
     except DAMAGED as error:
         raise UserError(f"{archive}: could not be read ({error}); delete it and run again.") from error
     if not listed:
@@ -159,7 +172,7 @@ def _read_sbd(content: bytes, name: str) -> np.ndarray:
         ids = np.asarray(loadmat(io.BytesIO(content))["GTcls"][0, 0]["Segmentation"])
     except (MatReadError, ValueError, LookupError, TypeError, NotImplementedError, zlib.error) as error:
         raise UserError(f"{name} is not an SBD mask ({error}); delete the archive and run again.") from error
-    if ids.ndim != 2 or ids.max() > len(VOC_CLASSES):
+    if ids.ndim != 2 or not np.isin(ids, [*range(len(VOC_CLASSES) + 1)]).all():
         raise UserError(f"{name} holds no class ids 0..{len(VOC_CLASSES)}; delete the archive and run again.")
     return ids
 
@@ -250,8 +263,11 @@ class VocDataset(FileDataset):
         path = self.annotations[i]
         if path is not None:
             try:
-                objects = ElementTree.parse(path).getroot().findall("object")
-            except (OSError, ElementTree.ParseError) as error:
+                note = ElementTree.parse(path).getroot()
+                if note.tag != "annotation":
+                    raise ValueError(f"<{note.tag}> instead of <annotation>")
+                objects = note.findall("object")
+            except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
                 raise UserError(
                     f"{path}: unreadable annotation ({error}); unpack the archive again."
                 ) from error

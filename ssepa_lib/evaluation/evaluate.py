@@ -1,6 +1,7 @@
 """Evaluate a network on a split with masks; evaluate a finished run once, column by column."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ssepa_lib.device import cores, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.inference import Prediction, Progress, infer
 from ssepa_lib.evaluation.multiscale import top_class
+from ssepa_lib.evaluation.provenance import Pixels
 from ssepa_lib.evaluation.results import (
     MAPS,
     OUTPUTS,
@@ -32,11 +34,12 @@ from ssepa_lib.evaluation.scores import (
     boundary_band,
     mean_average_precision,
 )
+from ssepa_lib.files import FolderLock, remove_parts
 from ssepa_lib.labels.crf import crf_pool
 from ssepa_lib.labels.refine import Refiner
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.training.run import RunFolder
+from ssepa_lib.training.run import RunFolder, fingerprint
 
 THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 
@@ -106,17 +109,26 @@ def evaluate_run(
 
     Returns:
         The result of that split with every column known so far, see `evaluate`.
+
+    Raises:
+        FolderInUse: another process evaluates this run.
+        UserError: see `evaluate` and `RunFolder.load`.
     """
-    run = RunFolder(folder)
-    recipe, dataset, name, known, there = _stored(run, split, images, size)
-    missing = [column for column in column_names(outputs, test_time) if column not in there]
-    if known and not missing:
+    columns, run = column_names(outputs, test_time), RunFolder(folder)
+    known = stored_result(folder, split, images=images, size=size, outputs=outputs, test_time=test_time)
+    if known:
         return known
     network, _ = run.load(device)
-    result = _score(network, recipe, dataset, missing, resolve_device(device), processes, progress)
-    if there:
-        result = merge_results(known, result)
-    run.write_metrics(name, result)
+    with FolderLock(run.path, ".evaluation.lock"):
+        remove_parts(run.metrics)
+        recipe, dataset, name, known, there = _stored(run, split, images, size)
+        missing = [column for column in columns if column not in there]
+        if known and not missing:  # another process has just measured it
+            return known
+        result = _score(network, recipe, dataset, missing, resolve_device(device), processes, progress)
+        if there:
+            result = merge_results(known, result)
+        run.write_metrics(name, result)
     return result
 
 
@@ -147,7 +159,8 @@ def _stored(
     whole = not images or len(dataset) == len(measured_split(recipe, split))
     name = result_name(dataset.split, None if whole else len(dataset), other_size)
     known = read_results(run.path).get(name)
-    return recipe, dataset, name, known, current_columns(known, recipe, len(dataset)) if known else set()
+    there = current_columns(known, recipe, len(dataset), run.fingerprint()) if known else set()
+    return recipe, dataset, name, known, there
 
 
 def refined_mious(
@@ -239,7 +252,7 @@ def _score(
     wanted = [column for column in columns if refined or not column.startswith("refined_cam")]
     outputs, modes = zip(*map(split_column, wanted), strict=True) if wanted else ((), ())
     counts = _Counts(wanted, dataset.classes, recipe.cam.background, device)
-    scores, truth = [], []
+    scores, truth, pixels = [], [], Pixels()
 
     def crf_jobs() -> Iterator[tuple]:
         for prediction in infer(
@@ -248,13 +261,16 @@ def _score(
             mask = _mask(prediction, dataset).to(device)
             scores.append(prediction.scores.cpu())
             truth.append(prediction.label.cpu())
+            pixels.add(prediction.id, prediction.input, prediction.label, prediction.mask)
             yield from _count(counts, wanted, prediction, mask)
 
-    for labels, rest in crf_pool(crf_jobs(), processes or cores()):
-        column, channels, mask, band = rest
-        counts.add_labels(column, channels[torch.from_numpy(labels).long().to(device)], mask, band)
+    with closing(crf_pool(crf_jobs(), processes or cores())) as labelled:
+        for labels, (column, channels, mask, band) in labelled:
+            counts.add_labels(column, channels[torch.from_numpy(labels).long().to(device)], mask, band)
     return {
-        "setting": build_setting(recipe, dataset, device, wanted),
+        "setting": build_setting(
+            recipe, dataset, device, wanted, fingerprint(network.state_dict()), pixels.fingerprint()
+        ),
         **counts.result(columns),
         "mean_average_precision": mean_average_precision(torch.stack(scores), torch.stack(truth)),
     }

@@ -4,6 +4,7 @@ Masks are palette PNGs of class ids (0 background) at the original size of their
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ssepa_lib.data.datasets import FileDataset
 from ssepa_lib.data.images import IMAGE_SUFFIXES, voc_palette
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.inference import Prediction, Progress, infer, label_maps
-from ssepa_lib.files import write_atomically, write_csv
+from ssepa_lib.files import FolderLock, remove_parts, write_atomically, write_csv
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
 
@@ -46,6 +47,8 @@ class ImageFolder(FileDataset):
                     f"{seen[path.stem]} and {path.name} would share one result; rename one of them."
                 )
             seen[path.stem] = path
+            if not path.name.isprintable():
+                raise UserError(f"{folder}: {path.name!r} is no name for a table; rename that image.")
         super().__init__("all", classes, paths, [None] * len(paths))
 
     def read_label(self, i: int) -> Tensor:
@@ -123,18 +126,26 @@ def predict_folder(
         raise UserError(
             f"{out} holds your images, which masks would replace; choose another folder for the results."
         )
+    drawn = [path.stem for path in dataset.images if (out / f"{path.stem}.png").exists()]
+    if drawn and not (out / "classes.csv").exists():
+        raise UserError(
+            f"{out} holds {drawn[0]}.png, which is no earlier prediction; choose another folder, so that it "
+            "stays."
+        )
     names = ["background", *network.classes]
     legend = [(i, name, *palette[i]) for i, name in enumerate(names)]
-    write_csv(out / "classes.csv", ["id", "class", "red", "green", "blue"], legend)
     options = {"device": device, "outputs": ("segmentation",), "test_time": (test_time,)}
     predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
     labelled = label_maps(predictions, "segmentation", test_time, processes)
     found = []
-    for path, (id, image, ids) in zip(dataset.images, labelled, strict=True):
-        save_image(palette_image(ids, palette), out / f"{id}.png")
-        save_image(overlay_image(image, ids, network.classes, palette), out / f"{id}_overlay.jpg")
-        found.append((path.name, ";".join(names[i] for i in np.unique(ids) if i) or "background"))
-    write_csv(out / "predictions.csv", ["image", "classes"], found)
+    with FolderLock(out), closing(labelled):
+        _clean(out)
+        write_csv(out / "classes.csv", ["id", "class", "red", "green", "blue"], legend)
+        for path, (id, image, ids) in zip(dataset.images, labelled, strict=True):
+            save_image(palette_image(ids, palette), out / f"{id}.png")
+            save_image(overlay_image(image, ids, network.classes, palette), out / f"{id}_overlay.jpg")
+            found.append((path.name, ";".join(names[i] for i in np.unique(ids) if i) or "background"))
+        write_csv(out / "predictions.csv", ["image", "classes"], found)
     return out
 
 
@@ -163,12 +174,25 @@ def export_pseudo_labels(
         UserError: an unknown test-time mode; an image without labels.
     """
     out = Path(out)
+    for path in filter(None, getattr(dataset, "masks", ())):
+        if path.parent.resolve() == out.resolve():
+            raise UserError(
+                f"{out} holds the masks of {dataset.name}; choose another folder, so that they stay."
+            )
     options = {"device": device, "outputs": ("pseudo_label",), "test_time": (test_time,)}
     predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
     checked = (_require_label(prediction, dataset) for prediction in predictions)
-    for id, _, ids in label_maps(checked, "pseudo_label", test_time, processes):
-        save_image(palette_image(ids, dataset.palette), out / f"{id}.png")
+    with FolderLock(out), closing(label_maps(checked, "pseudo_label", test_time, processes)) as labelled:
+        _clean(out)
+        for id, _, ids in labelled:
+            save_image(palette_image(ids, dataset.palette), out / f"{id}.png")
     return out
+
+
+def _clean(out: Path) -> None:
+    """Remove what a killed export has left half written."""
+    for suffix in (".png", ".jpg"):
+        remove_parts(out / f"*{suffix}")
 
 
 def _require_label(prediction: Prediction, dataset: SegmentationDataset) -> Prediction:

@@ -3,9 +3,8 @@
 Evaluation, predictions, pseudo-labels, the submission and the studies all consume `infer`.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssepa_lib.data import SegmentationDataset, eval_batches
-from ssepa_lib.device import autocast
+from ssepa_lib.device import autocast, cores
 from ssepa_lib.evaluation.multiscale import background_and_cam, cam_view, merge_scales, scale_logits
 from ssepa_lib.evaluation.results import OUTPUTS, TEST_TIME, require_known
 from ssepa_lib.labels.cam import Cams, multi_scale_cam
@@ -61,6 +60,11 @@ class Prediction:
         if self._image is None:
             self._image = self._batch.walk.dataset.image(self.index)
         return self._image
+
+    @property
+    def input(self) -> Tensor:
+        """What the network sees at scale 1, uint8 [3, h, w]."""
+        return self._batch.images[self._place]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -165,7 +169,7 @@ def label_maps(
     """Final `segmentation` or `pseudo_label`, in order: id, image, class ids uint8 [H, W] at original size.
 
     Args:
-        processes: worker processes of the dense CRF; None: one per CPU core.
+        processes: worker processes of the dense CRF; None: one per CPU core of this process.
     """
     if mode != "ms_crf":
         for p in predictions:
@@ -177,8 +181,9 @@ def label_maps(
             image, probabilities, channels = p.crf_job(output)
             yield image, probabilities, (p.id, p.image, channels.byte().cpu().numpy())
 
-    for labels, (id, image, channels) in crf_pool(jobs(), processes or os.cpu_count() or 1):
-        yield id, image, channels[labels]
+    with closing(crf_pool(jobs(), processes or cores())) as labelled:
+        for labels, (id, image, channels) in labelled:
+            yield id, image, channels[labels]
 
 
 class _WithOriginals(SegmentationDataset):

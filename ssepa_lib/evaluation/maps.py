@@ -1,8 +1,12 @@
-"""Where the mass of a map lies: on the head, the body or the ground; and how high its background is."""
+"""Where the mass of a map lies: on the head, the body or the ground; how high its background is; and masks on
+the grid of patches.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ssepa_lib.data import IGNORE
 from ssepa_lib.errors import UserError
 
 PARTS = ("head", "body", "ground")  # order of the shares
@@ -48,3 +52,23 @@ def floor(map: Tensor, mask: Tensor) -> float:
     if not background.numel() or highest <= 0:
         return float("nan")
     return float(background.float().median()) / highest
+
+
+def patch_ids(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The class that most pixels of each patch have: the one labelling of whole patches that the fewest
+    pixels contradict. A single pixel of the patch would miss thin objects, or move them by half a patch.
+
+    Args:
+        mask: [H, W], 0 background, 255 ignored; H and W at least those of the grid.
+        grid: h, w.
+
+    Returns:
+        [h, w], integer; of equally frequent classes the lowest. Ignored pixels have no say; a patch without
+        any other is 255.
+    """
+    ids = [i for i in mask.unique().tolist() if i != IGNORE]
+    if not ids:
+        return torch.full(grid, IGNORE, device=mask.device)
+    same = torch.stack([(mask == i).float() for i in ids])  # [ids, H, W]
+    best, index = F.adaptive_avg_pool2d(same[None], grid)[0].max(0)  # [h, w] each
+    return torch.tensor(ids, device=mask.device)[index].masked_fill(best == 0, IGNORE)

@@ -5,7 +5,7 @@ A column is an output under a test-time mode, such as `segmentation_ms`. A numbe
 CRF.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from ssepa_lib.data import SegmentationDataset
 from ssepa_lib.device import describe_device
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.provenance import commit, training_settings, versions
+from ssepa_lib.fields import shown
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder
 
@@ -23,7 +25,11 @@ TEST_TIME = {"single": "", "ms": "_ms", "ms_crf": "_ms_crf"}  # mode → what it
 MEASURES = ("miou", "precision", "recall", "boundary_iou")  # one number per column, percent
 
 _RESULT = {"setting", *MEASURES, "per_class", "threshold_curve", "mean_average_precision"}
-_SETTING = {"data", "split", "images", "size", "method", "seed", "steps", "batch", "backbone", "outputs"}
+_SETTING = {
+    **dict.fromkeys(("data", "split", "method", "backbone"), str),
+    **dict.fromkeys(("images", "size", "seed", "steps", "batch"), int),
+    "outputs": dict,
+}
 
 
 def require_known(name: str, values: Sequence[str], allowed: Collection[str]) -> None:
@@ -59,9 +65,19 @@ def split_column(column: str) -> tuple[str, str]:
 
 
 def build_setting(
-    recipe: Recipe, dataset: SegmentationDataset, device: torch.device, columns: Sequence[str]
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    device: torch.device,
+    columns: Sequence[str],
+    weights: str,
+    pixels: str,
 ) -> dict[str, Any]:
-    """Everything a number depends on, ready for JSON."""
+    """Everything a number depends on, ready for JSON.
+
+    Args:
+        weights: `training.run.fingerprint` of the network.
+        pixels: `Pixels.fingerprint` of the images, labels and masks.
+    """
     parts = recipe.name.split("/")
     composed = len(parts) in (2, 3) and not recipe.name.endswith((".yaml", ".yml"))
     return {
@@ -69,8 +85,8 @@ def build_setting(
         "split": dataset.split,
         "images": len(dataset),
         "size": recipe.data.eval_size,
-        "recipe": recipe.name,
-        "method": parts[1] if composed else recipe.name,
+        "recipe": recipe.name if composed else Path(recipe.name).name,  # no folder of this machine
+        "method": parts[1] if composed else Path(recipe.name).stem,
         "affinity": recipe.affinity.kind,
         "haaf_objective": recipe.affinity.haaf_objective,
         "background": recipe.cam.background,
@@ -80,6 +96,11 @@ def build_setting(
         "backbone": recipe.model.backbone,
         "device": describe_device(device),
         "recipe_hash": recipe.hash(),
+        "training": training_settings(recipe),
+        "weights": weights,
+        "pixels": pixels,
+        "versions": versions(),
+        "commit": commit(),
         "outputs": {column: _view(column, recipe) for column in columns},
     }
 
@@ -93,13 +114,19 @@ def _view(column: str, recipe: Recipe) -> dict[str, Any]:
     return {"scales": list(several.scales), "flip": several.flip, "crf": mode == "ms_crf"}
 
 
-def current_columns(result: dict, recipe: Recipe, images: int) -> set[str]:
+def current_columns(result: dict, recipe: Recipe, images: int, weights: str | None = None) -> set[str]:
     """Columns of a stored result that an evaluation of the recipe would give again.
 
     The training, number of images, size and background threshold must be the recipe's, for a column also
     its scales, flip and CRF.
+
+    Args:
+        weights: fingerprint of the weights there are; a result that was measured on others has no columns.
+            None, or a result of an earlier version, which has no fingerprint: not compared.
     """
     setting = result["setting"]
+    if weights is not None and setting.get("weights", weights) != weights:
+        return set()
     now = {
         "recipe_hash": recipe.hash(),
         "images": images,
@@ -194,7 +221,52 @@ def convert_result(result: dict) -> dict:
     lacking = (_RESULT - result.keys()) or (_SETTING - setting.keys())
     if lacking:
         raise ValueError(f"'{min(lacking)}' is missing")
+    _check_setting(setting)
+    _check_numbers(result)
     return result
+
+
+def _check_setting(setting: dict) -> None:
+    for name, kind in _SETTING.items():
+        value = setting[name]
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+            raise ValueError(f"'{name}' is {shown(value)}")
+    for column, view in setting["outputs"].items():
+        whole = isinstance(view, dict) and view.keys() >= {"scales", "flip", "crf"}
+        if not whole or not isinstance(view["scales"], list) or not all(map(_is_number, view["scales"])):
+            raise ValueError(f"'outputs' of {column} is {shown(view)}")
+
+
+def _check_numbers(result: dict) -> None:
+    """Every number is a percentage, or None where an output does not exist."""
+    curves = {name: values for name, values in result["threshold_curve"].items() if name != "thresholds"}
+    tables = [(name, result[name]) for name in MEASURES]
+    tables += [(f"per_class of {name}", values) for name, values in result["per_class"].items()]
+    tables += [(f"threshold_curve of {name}", dict(enumerate(values))) for name, values in curves.items()]
+    tables += [("mean_average_precision", {"": result["mean_average_precision"]})]
+    for name, values in tables:
+        for column, value in values.items():
+            if value is not None and not (_is_number(value) and 0 <= value <= 100.001):
+                raise ValueError(f"'{name}' {column} is {shown(value)}, not a percentage")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_all_results(folders: Iterable[Path]) -> tuple[dict[Path, dict[str, dict]], list[str]]:
+    """`read_results` of several runs; one that cannot be read does not keep the others from being read.
+
+    Returns:
+        Run folder → its results, and one sentence per run that is left out.
+    """
+    found, problems = {}, []
+    for folder in folders:
+        try:
+            found[folder] = read_results(folder)
+        except UserError as error:
+            problems.append(f"left out: {error}")
+    return found, problems
 
 
 def read_results(run_dir: Path | str) -> dict[str, dict]:
@@ -208,7 +280,7 @@ def read_results(run_dir: Path | str) -> dict[str, dict]:
     for name, result in run.read_metrics().items():
         try:
             results[name] = convert_result(result)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:  # a text where a table belongs, for example
             raise UserError(
                 f"{run.metrics}: {error} in the result '{name}'; delete the file and evaluate the run again."
             ) from error

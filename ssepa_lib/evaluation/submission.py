@@ -1,7 +1,9 @@
 """The archive that the PASCAL VOC evaluation server takes (comp6, segmentation): written, and checked."""
 
 import io
+import lzma
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from ssepa_lib.data import SegmentationDataset
-from ssepa_lib.data.images import voc_palette
+from ssepa_lib.data.images import UNREADABLE, voc_palette
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.export import palette_image
 from ssepa_lib.evaluation.inference import Progress, infer, label_maps
@@ -95,7 +97,7 @@ def validate_submission(
                     continue
                 path = Path(member.name)
                 belongs = path.parent.as_posix() == SUBMISSION_FOLDER and path.suffix == ".png"
-                if not belongs or path.stem not in left:
+                if not belongs or path.stem not in left or not member.isfile():
                     raise UserError(
                         f"{name}: {member.name} does not belong there or is there twice; expected is one "
                         f"{SUBMISSION_FOLDER}/<id>.png per image of the split."
@@ -103,7 +105,7 @@ def validate_submission(
                 left.remove(path.stem)
                 with Image.open(tar.extractfile(member)) as image:
                     _check_mask(f"{name}: {path.name}", image, (sizes or {}).get(path.stem))
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (*UNREADABLE, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"{archive} is not a readable tar archive of PNG files ({error}); write it again."
         ) from error

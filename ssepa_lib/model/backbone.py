@@ -125,7 +125,8 @@ class Backbone(nn.Module):
         ph, pw = self.patch_size
         if height < ph or width < pw:
             raise UserError(
-                f"an image of {height}×{width} pixels is smaller than a {ph}×{pw} patch; use a larger one."
+                f"an image of {height}×{width} pixels is smaller than a {ph}×{pw} patch; use a larger one, "
+                "or a larger data.crop, data.eval_size, contrast.local_size, cam.scales or eval.scales."
             )
         return round(height / ph), round(width / pw)
 

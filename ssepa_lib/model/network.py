@@ -62,6 +62,22 @@ class Network(nn.Module):
         if self.haaf is not None and recipe.affinity.haaf_objective == "none":
             self.haaf.requires_grad_(False)  # the control: v' stays all ones
         self.affinity_head = self._affinity_head(recipe) if learned else None
+        self._check_sizes(recipe)
+
+    def _check_sizes(self, recipe: Recipe) -> None:
+        """Refuse images that would have less than a patch, before the first of them is met."""
+        data, smallest, patch = recipe.data, min(recipe.cam.scales), max(self.backbone.patch_size)
+        sides = {"data.crop": data.crop, "the smallest of cam.scales times data.crop": smallest * data.crop}
+        if data.eval_size:
+            sides["data.eval_size"] = data.eval_size
+            sides["the smallest of eval.scales times data.eval_size"] = (
+                min(recipe.eval.scales) * data.eval_size
+            )
+        if recipe.losses.ctc > 0 and recipe.contrast.views == "crops":
+            sides["contrast.local_size"] = recipe.contrast.local_size
+        for name, side in sides.items():
+            if side < patch:
+                raise UserError(f"{name} is {side:g} pixels, less than a patch of {patch}; use a larger one.")
 
     def _affinity_head(self, recipe: Recipe) -> AffinityHead:
         """The layer of the learned affinity; its reach is counted in patches of the training crop."""

@@ -43,15 +43,15 @@ def create_vit(config: ModelConfig) -> nn.Module:
     download = path is None and config.weights != "none"
     try:
         vit = timm.create_model(config.backbone, pretrained=download, **options)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"model.backbone '{config.backbone}': {str(error).splitlines()[0]}; correct it or "
-            "model.backbone_args."
-        ) from error
     except OSError as error:  # what a hub download raises without a network
         raise UserError(
             f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
             f"into {weights_root()} or set model.weights."
+        ) from error
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "its arguments do not fit each other")
+        raise UserError(
+            f"model.backbone '{config.backbone}': {reason}; correct it or model.backbone_args."
         ) from error
     if path is not None:
         _load_weights(vit, path, config.backbone)
@@ -63,13 +63,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".pth", ".pt", ".bin"):
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(
                 f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
             ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise UserError(
             f"weight file {path} is not a readable PyTorch checkpoint; fetch it again."
         ) from error
@@ -109,10 +109,16 @@ def convert_old_vit_small(state: Mapping[str, Tensor], heads: int = 8) -> dict[s
 def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
     """Load a timm checkpoint, resampling its position embedding to the model's native grid."""
     state = _read(path)
+    for key, tensor in state.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"weight file {path}: {key} holds {tensor.dtype} or values that are not finite; fetch a file "
+                "of floating-point weights."
+            )
     try:
         state = checkpoint_filter_fn({k: v.float() for k, v in state.items()}, vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"weight file {path} does not fit the backbone '{name}': "
             f"{str(error).splitlines()[-1].strip()}; correct model.backbone, model.backbone_args or "

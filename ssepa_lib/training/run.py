@@ -1,32 +1,42 @@
 """A run and the folder it is kept in.
 
-A run folder holds `recipe.yaml`, `history.csv`, `state.pt` (to resume), at the end `weights.safetensors`, and
-what was measured in `metrics.json`.
+A run folder holds `recipe.yaml`, `history.csv`, `state.pt` (to resume; until the run is finished the one
+before as well, as `state.previous.pt`), at the end `weights.safetensors`, and what was measured in
+`metrics.json`.
 """
 
-import csv
+import hashlib
 import json
 import os
-import pickle  # only to name the exception of an unreadable file
-import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from ssepa_lib.compose import load_recipe, save_recipe
-from ssepa_lib.device import resolve_device
+from ssepa_lib.device import launched, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import FolderLock, read_json, write_atomically, write_json
+from ssepa_lib.fields import shown
+from ssepa_lib.files import FolderLock, remove_parts, write_atomically, write_json
 from ssepa_lib.model.network import Network
+from ssepa_lib.readers import parse_json, read_json
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.checkpoint import fingerprint, read_newest, write_checkpoint, write_weights
 
-METRICS_FORMAT = 2
+METRICS_FORMAT = 3  # from 3 on, every result carries the checksum of its numbers
+
+
+@lru_cache(maxsize=256)
+def _file_fingerprint(path: Path, size: int, changed: int) -> str | None:
+    """`fingerprint` of a file of this size, last changed then (in nanoseconds); None if it is unreadable."""
+    try:
+        return fingerprint(load_file(path))
+    except (SafetensorError, OSError):
+        return None
 
 
 class RunFolder:
@@ -41,6 +51,7 @@ class RunFolder:
         self.recipe_file = self.path / "recipe.yaml"
         self.history = self.path / "history.csv"
         self.state = self.path / "state.pt"
+        self.previous_state = self.path / "state.previous.pt"
         self.weights = self.path / "weights.safetensors"
         self.metrics = self.path / "metrics.json"
 
@@ -64,14 +75,21 @@ class RunFolder:
         try:
             with safe_open(self.weights, "pt") as file:
                 return file.metadata() or {}
-        except SafetensorError:
+        except (SafetensorError, OSError):
             return None
+
+    def fingerprint(self) -> str | None:
+        """`fingerprint` of the final weights; None without a readable file."""
+        if not self.weights.is_file():
+            return None
+        found = self.weights.stat()
+        return _file_fingerprint(self.weights.resolve(), found.st_size, found.st_mtime_ns)
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the folder holds the final weights of this recipe, under today's field names or older
         ones."""
         info = self.weights_info()
-        if not info or int(info.get("step", -1)) != recipe.train.steps or not self.recipe_file.is_file():
+        if not info or info.get("step") != str(recipe.train.steps) or not self.recipe_file.is_file():
             return False
         return self.recipe().hash() == recipe.hash()
 
@@ -81,7 +99,8 @@ class RunFolder:
         Raises:
             UserError: it holds one.
         """
-        if self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
+        begun = any(file.exists() for file in (self.state, self.weights, self.history, self.metrics))
+        if begun and self.recipe_file.is_file() and self.recipe().hash() != recipe.hash():
             raise UserError(
                 f"{self.path} holds a run of another recipe; choose another run name or remove it."
             )
@@ -93,12 +112,12 @@ class RunFolder:
             resume: False throws away what the folder holds.
 
         Raises:
-            UserError: the folder holds a run of another recipe, final weights without a recipe, or an
-                unreadable state.
+            UserError: the folder holds a run of another recipe, final weights without a recipe, or no
+                readable state but an unreadable one.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        files = (self.state, self.previous_state, self.weights, self.history, self.metrics)
         if not resume:
-            for file in (self.state, self.weights, self.history, self.metrics):
+            for file in files:
                 file.unlink(missing_ok=True)
         elif self.recipe_file.is_file():
             self.require(recipe)
@@ -106,31 +125,34 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds weights but no recipe.yaml; restore that file or move the folder away."
             )
+        for file in files:
+            remove_parts(file)
         save_recipe(recipe, self.recipe_file)
-        if not self.state.is_file():
-            return None
-        try:
-            return torch.load(self.state, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{self.state} cannot be read; remove it to train this run again from the start."
-            ) from error
+        return read_newest((self.state, self.previous_state), recipe)
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint to resume from."""
-        write_atomically(self.state, lambda part: torch.save(state, part))
+        """Write the checkpoint to resume from, with its checksum; the one before stays beside it."""
+
+        def write(part: Path) -> None:
+            write_checkpoint(part, state)
+            if self.state.is_file():
+                os.replace(self.state, self.previous_state)
+
+        write_atomically(self.state, write)
 
     def save_weights(self, network: Network, recipe: Recipe, step: int) -> None:
-        """Write the weights with class names, recipe hash and step in the metadata of the file."""
+        """Write the weights with class names, recipe hash, step and fingerprint in the metadata of the
+        file."""
         state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         metadata = {"classes": json.dumps(network.classes), "recipe": recipe.hash(), "step": str(step)}
-        write_atomically(self.weights, lambda part: save_file(state, part, metadata))
+        metadata["fingerprint"] = fingerprint(state)
+        write_atomically(self.weights, lambda part: write_weights(part, state, metadata))
+        self.previous_state.unlink(missing_ok=True)
 
     def adopt_evaluation_settings(self, recipe: Recipe) -> None:
         """Give a finished run the evaluation settings and folders of this recipe; its name stays."""
         old = self.recipe()
-        first = not int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-        if first and old != replace(recipe, name=old.name):
+        if launched()[0] == 0 and old != replace(recipe, name=old.name):
             save_recipe(replace(recipe, name=old.name), self.recipe_file)
 
     def load(self, device: str = "auto") -> tuple[Network, Recipe]:
@@ -145,17 +167,43 @@ class RunFolder:
             )
         recipe = self.recipe()
         try:
-            with safe_open(self.weights, "pt") as file:
-                classes = json.loads(file.metadata()["classes"])
+            metadata, classes = self._metadata()
+            state = load_file(self.weights)
+            for name, tensor in state.items():
+                if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} holds {tensor.dtype} or values that are not finite")
             blank = replace(recipe, model=replace(recipe.model, weights="none"))
             network = Network(blank, classes)
-            network.load_state_dict(load_file(self.weights))
-        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+            network.load_state_dict(state)
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.weights} does not fit {self.recipe_file} ({reason}); train the run again."
             ) from error
+        if metadata.get("fingerprint", fingerprint(state)) != fingerprint(state):
+            raise UserError(
+                f"{self.weights} is damaged (its checksum differs); restore a copy, or delete it to make it "
+                "again from the last checkpoint."
+            )
         return network.to(resolve_device(device)).eval(), recipe
+
+    def _metadata(self) -> tuple[dict[str, str], list[str]]:
+        """The metadata of the weights, and the class names in it.
+
+        Raises:
+            ValueError: there are none, or something else than names.
+        """
+        with safe_open(self.weights, "pt") as file:
+            metadata = file.metadata() or {}
+        classes: Any = None
+        with suppress(ValueError):
+            classes = parse_json(metadata.get("classes", ""))
+        whole = isinstance(classes, list) and all(
+            isinstance(name, str) and name.strip() and name.isprintable() for name in classes
+        )
+        if not whole or not 0 < len(set(classes)) == len(classes) < 255:
+            raise ValueError("its class names are missing or not a list of names in JSON")
+        return metadata, classes
 
     def read_metrics(self) -> dict[str, dict]:
         """What was measured, split → result of `evaluation.evaluate`; empty where there is nothing.
@@ -163,25 +211,38 @@ class RunFolder:
         Raises:
             UserError: the file is not JSON, has another layout, or was written by a newer version.
         """
-        if not self.metrics.is_file():
+        if not self.metrics.exists():
             return {}
         content = read_json(self.metrics, "metrics file")
         remedy = "delete it and evaluate the run again"
         if not isinstance(content, dict):
             raise UserError(f"{self.metrics} is no metrics file; {remedy}.")
         version = content.pop("format", 1)
-        if not isinstance(version, int) or version > METRICS_FORMAT:
+        if not isinstance(version, int) or not 1 <= version <= METRICS_FORMAT:
             raise UserError(
-                f"{self.metrics} was written by a newer version (format {version}); update this copy."
+                f"{self.metrics} was written by a newer version (format {shown(version)}); update this copy."
             )
         for split, result in content.items():
             if not isinstance(result, dict) or not isinstance(result.get("setting"), dict):
                 raise UserError(f"{self.metrics}: 'setting' of {split} is missing; {remedy}.")
+            stated = result.pop("checksum", None)
+            if (stated is not None or version >= 3) and stated != _checksum(result):
+                raise UserError(
+                    f"{self.metrics}: the result {split} has been changed since it was measured; {remedy}."
+                )
         return content
 
     def write_metrics(self, split: str, result: dict) -> None:
         """Store the result of one split; other splits stay, and a crash leaves the old file."""
-        write_json(self.metrics, {"format": METRICS_FORMAT} | self.read_metrics() | {split: result})
+        results = self.read_metrics() | {split: result}
+        signed = {name: each | {"checksum": _checksum(each)} for name, each in results.items()}
+        write_json(self.metrics, {"format": METRICS_FORMAT} | signed)
+
+
+def _checksum(result: dict) -> str:
+    """16 hex digits over everything that a result says."""
+    text = json.dumps(json.loads(json.dumps(result)), sort_keys=True)  # as it is read from a file
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find_finished(recipe: Recipe, folder: Path) -> Path:
@@ -214,48 +275,3 @@ def find_run(recipe: Recipe, folder: Path) -> Path:
 def load_run(run_dir: Path | str, device: str = "auto") -> tuple[Network, Recipe]:
     """`RunFolder.load`."""
     return RunFolder(run_dir).load(device)
-
-
-class History:
-    """history.csv: one row every `log_every` steps; per term the mean over the steps since the last row that
-    had it.
-
-    Args:
-        path: the file; rows of it up to step `start` are kept.
-    """
-
-    def __init__(self, path: Path, start: int):
-        self.path = path
-        self.sums: dict[str, tuple[Any, int]] = {}  # term → (sum, number of steps that had it)
-        rows = []
-        if path.is_file():
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-        self.rows: list[dict[str, Any]] = [row for row in rows if int(row["step"]) <= start]
-        self.seconds = float(self.rows[-1]["seconds"]) if self.rows else 0.0
-        self.clock = time.perf_counter()
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """Count the terms of one step."""
-        for name, value in terms.items():
-            total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value, count + 1
-
-    def flush(self, step: int, lr: float) -> dict[str, float]:
-        """Write a row and return it."""
-        now = time.perf_counter()
-        self.seconds += now - self.clock
-        self.clock = now
-        row = {"step": step, "lr": lr, "seconds": round(self.seconds, 2)}
-        row |= {name: float(total) / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        self.rows.append(row)
-        names = list(dict.fromkeys(name for r in self.rows for name in r))
-        write_atomically(self.path, lambda part: self._write(part, names))
-        return row
-
-    def _write(self, part: Path, names: list[str]) -> None:
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)

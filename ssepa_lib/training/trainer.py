@@ -1,7 +1,6 @@
 """The training loop: recipe in, run folder out; interrupted runs resume exactly (on a CPU, bit for bit)."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor
 from ssepa_lib.data.datasets import SegmentationDataset, build_dataset
 from ssepa_lib.data.loaders import train_loader
 from ssepa_lib.data.views import Batch
-from ssepa_lib.device import precision, rank_and_world, resolve_device
+from ssepa_lib.device import launched, number_in, precision, rank_and_world, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import FolderLock
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler
@@ -24,7 +23,8 @@ from ssepa_lib.methods.teacher import Teacher
 from ssepa_lib.model.network import Network, build_network, evaluating, optimiser_groups
 from ssepa_lib.randomness import seeded
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.training.run import History, RunFolder
+from ssepa_lib.training.history import History, read_history
+from ssepa_lib.training.run import RunFolder
 
 OnStep = Callable[[dict[str, Any]], None]
 Watch = Callable[[Network, int], None]
@@ -144,7 +144,7 @@ class Trainer:
                 group["fused"] = self.device.type == "cuda"
             for name, part in self._stateful().items():
                 part.load_state_dict(state[name])
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"the unfinished run does not fit this version ({reason}); remove its state.pt to restart it."
@@ -188,7 +188,6 @@ def train(
     dataset = build_dataset(recipe.data, "train")
     if rank:
         return _train(recipe, folder, dataset, device, rank, world, None, on_step, watch)
-    folder.path.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder.path):
         state = folder.prepare(recipe, resume)
         return _train(recipe, folder, dataset, device, rank, world, state, on_step, watch)
@@ -213,7 +212,8 @@ def _train(
     trainer = Trainer(recipe, dataset.classes, device, world)
     if state is not None:
         trainer.load_state_dict(state)
-    _loop(trainer, dataset, folder, rank, on_step, watch)
+    history = None if state is None else state.get("history") or read_history(folder.history, state["index"])
+    _loop(trainer, dataset, folder, rank, History(folder.history, history), on_step, watch)
     if rank == 0:
         folder.save_weights(trainer.network, recipe, recipe.train.steps)
     return folder.path
@@ -233,44 +233,43 @@ def _loop(
     dataset: SegmentationDataset,
     folder: RunFolder,
     rank: int,
+    history: History,
     on_step: OnStep | None,
     watch: Watch | None,
 ) -> None:
     recipe, start = trainer.recipe, trainer.index
     if start == 0 and not rank:
         _show(trainer, watch)
-    history = History(folder.history, start)
     began = time.perf_counter()
     for batch in train_loader(dataset, recipe, start_step=start, rank=rank, world=trainer.world):
-        history.add(trainer.step(batch))
+        history.add(batch.id, trainer.step(batch))
         done, last = trainer.index, trainer.index == recipe.train.steps
+        log, save = (done % every == 0 or last for every in (recipe.train.log_every, recipe.train.save_every))
+        if log or save:
+            history.require_finite(done, folder.name)
         if rank:
             continue
-        if done % recipe.train.log_every == 0 or last:
+        if log:
             row = history.flush(done, trainer.scheduler.get_last_lr()[0])
-            if not math.isfinite(row["loss"]):
-                raise UserError(
-                    f"the loss is no longer finite at step {done} of {folder.name}; lower optim.lr or set "
-                    "train.precision to fp32, and train it again with another run name."
-                )
             if on_step:
                 left = (time.perf_counter() - began) / (done - start) * (recipe.train.steps - done)
                 on_step({**row, "start": start, "steps": recipe.train.steps, "seconds_left": left})
             _show(trainer, watch)
-        if done % recipe.train.save_every == 0 or last:
-            folder.save_state(trainer.state_dict())
+        if save:
+            more = {"recipe": recipe.hash(), "history": history.state_dict()}
+            folder.save_state(trainer.state_dict() | more)
 
 
 def _launch(device: torch.device) -> tuple[int, int, torch.device]:
     """Rank, world size and device of this process; several processes only under torchrun or SLURM."""
-    world = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    world = launched()[1]
     if world == 1:
         return 0, 1, device
     try:
         from lightning.fabric import Fabric
     except ImportError:
         from lightning_fabric import Fabric
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world)
+    local = number_in("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", otherwise=world)
     fabric = Fabric(accelerator=device.type, devices=local, num_nodes=max(1, world // local), strategy="ddp")
     fabric.launch()
     return fabric.global_rank, fabric.world_size, fabric.device

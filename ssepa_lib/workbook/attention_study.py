@@ -2,11 +2,11 @@
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssepa_lib.data import SegmentationDataset
+from ssepa_lib.data import IGNORE, SegmentationDataset
 from ssepa_lib.evaluation.attention import deep_summary, head_disagreement, layer_maps, object_share
+from ssepa_lib.evaluation.maps import patch_ids
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook.study import samples
@@ -39,7 +39,8 @@ def own_object_shares(network: Network, recipe: Recipe, dataset: SegmentationDat
     for index in range(len(dataset)):
         pixels, _, masks = samples(dataset, [index], side)
         attention = network.backbone(pixels.to(device), capture=True).attention
-        objects = patch_objects(masks[0], attention.grid).to(device)  # [N]
+        objects = patch_ids(masks[0], attention.grid).flatten().to(device)  # [N]
+        objects = objects.masked_fill(objects == IGNORE, 0)
         if not (objects > 0).any():
             continue
         first = attention.num_prefix_tokens
@@ -51,12 +52,6 @@ def own_object_shares(network: Network, recipe: Recipe, dataset: SegmentationDat
     rows = [(k, h, float(value)) for k, heads in enumerate(mean) for h, value in enumerate(heads)]
     table = pd.DataFrame(rows, columns=["layer", "head", "own_object"])
     return table.assign(chance=sum(chances) / len(chances))
-
-
-def patch_objects(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The class of the pixel in the middle of every patch: [H, W] → [N], 0 background and what is ignored."""
-    middle = F.interpolate(mask[None, None].float(), grid, mode="nearest-exact")[0, 0].long().flatten()
-    return middle.masked_fill(middle == 255, 0)
 
 
 def rollout(attention: Attention) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 from ssepa_lib.data import IGNORE
 from ssepa_lib.errors import UserError, require_index
 from ssepa_lib.evaluation.attention import attention_entropy, map_statistics, patch_distances
+from ssepa_lib.evaluation.maps import patch_ids
 from ssepa_lib.model import Attention
 from ssepa_lib.workbook.explorer_host import LIMIT
 from ssepa_lib.workbook.figures.images import Array, to_numpy, to_pixels
@@ -40,6 +41,12 @@ def mask_ids(mask: Array, image: np.ndarray) -> np.ndarray:
             "resize one of them (`study.samples` returns both alike)."
         )
     return ids.astype(np.uint8)
+
+
+def patch_objects(mask: Array, image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The commonest id of each patch (`evaluation.maps.patch_ids`), uint8 [N]."""
+    ids = torch.from_numpy(mask_ids(mask, image))
+    return patch_ids(ids, grid).flatten().numpy().astype(np.uint8)
 
 
 def object_ids(ids: np.ndarray) -> np.ndarray:
@@ -171,19 +178,6 @@ def picture(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def patch_ids(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The commonest id among the pixels of each patch, uint8 [N]."""
-    rows, columns = (
-        np.linspace(0, size, count + 1).astype(int) for size, count in zip(mask.shape, grid, strict=True)
-    )
-    cells = [
-        mask[y0:y1, x0:x1].ravel()
-        for y0, y1 in zip(rows, rows[1:], strict=False)
-        for x0, x1 in zip(columns, columns[1:], strict=False)
-    ]
-    return np.array([np.bincount(cell, minlength=1).argmax() for cell in cells], np.uint8)
 
 
 def quantise(matrices: np.ndarray, kind: str = "uint8") -> tuple[np.ndarray, np.ndarray]:

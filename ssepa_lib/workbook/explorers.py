@@ -44,7 +44,7 @@ def microscope(
     dense, grid = data.dense_affinity(affinity)
     arrays = {}
     if mask is not None:
-        arrays["object"] = data.patch_ids(data.mask_ids(mask, pixels), grid)
+        arrays["object"] = data.patch_objects(mask, pixels, grid)
     if cam is not None:
         arrays["cam"] = data.patch_map(cam, grid, "the CAM")
     layers, maps, weights = data.layer_maps(affinity, dense)
@@ -308,7 +308,7 @@ def heads(
     pixels, grid = data.image_pixels(image), attention.grid
     layers, maps, arrays = data.head_maps(attention)
     if mask is not None:
-        arrays["own"] = data.row_facts(maps, grid, data.patch_ids(data.mask_ids(mask, pixels), grid))["own"]
+        arrays["own"] = data.row_facts(maps, grid, data.patch_objects(mask, pixels, grid))["own"]
     arrays["codes"], arrays["scales"] = data.quantise(maps)
     spec = {
         "grid": grid,

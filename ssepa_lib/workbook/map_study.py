@@ -5,6 +5,8 @@ Masks and parts are used here to measure; nothing is trained.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,15 +18,16 @@ from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import infer
 from ssepa_lib.evaluation.evaluate import THRESHOLDS
-from ssepa_lib.evaluation.maps import PARTS, floor, mass_by_part
+from ssepa_lib.evaluation.maps import PARTS, floor, mass_by_part, patch_ids
 from ssepa_lib.evaluation.multiscale import cam_view, top_class
 from ssepa_lib.evaluation.scores import ThresholdConfusion
-from ssepa_lib.labels import PseudoLabeler, Refiner, multi_scale_cam, normalise_cam
+from ssepa_lib.labels import MatrixRefiner, PseudoLabeler, Refiner, multi_scale_cam, normalise_cam
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
-from ssepa_lib.recipe import Recipe
+from ssepa_lib.recipe import AffinityConfig, Recipe
 from ssepa_lib.workbook.data_study import PLACES, ground_of, single_creatures
-from ssepa_lib.workbook.lesson import NO_MASKS
+from ssepa_lib.workbook.explorers import Chooser, chooser, microscope
+from ssepa_lib.workbook.lesson import NO_MASKS, landmarks
 from ssepa_lib.workbook.study import object_parts, samples
 
 
@@ -131,7 +134,7 @@ def oracle_curve(network: Network, recipe: Recipe, dataset: SegmentationDataset)
     """mIoU in percent per threshold of a map in which every patch has the mean of its own object: a ceiling
     that only masks can give.
 
-    The maps are those of `measure_maps`; a patch belongs to the class of the pixel in its middle.
+    The maps are those of `measure_maps`, and the objects those of `patch_ids`.
     """
     device, background = network.classifier.weight.device, recipe.cam.background
     thresholds = sorted({*THRESHOLDS, background})
@@ -140,9 +143,9 @@ def oracle_curve(network: Network, recipe: Recipe, dataset: SegmentationDataset)
         maps, mask = prediction.maps(), prediction.mask.to(device)
         size = maps.main.shape[-2:]
         grid = network.backbone.grid(*size)
-        objects = F.interpolate(mask[None, None].float(), grid)[0, 0].long()  # [h, w]
         small = F.adaptive_avg_pool2d(maps.main, grid).flatten(1).T[None]  # [1, N, P]
-        spread = (same_object(objects.flatten()[None]) @ small)[0].T.unflatten(1, grid)  # [P, h, w]
+        objects = patch_ids(mask, grid).flatten()[None]  # [1, N]
+        spread = (same_object(objects) @ small)[0].T.unflatten(1, grid)  # [P, h, w]
         full = F.interpolate(spread[None], (grid[0] * patch[0], grid[1] * patch[1]), mode="nearest")
         count.update(*top_class(normalise_cam(full)[0], maps.present, mask.shape), mask)
     return pd.Series([count.at(t).miou for t in thresholds], index=thresholds, dtype=float)
@@ -230,6 +233,24 @@ def random_rows(patches: int, seed: int = 0) -> Tensor:
     return matrix / matrix.sum(1, keepdim=True)
 
 
+def unrefined(config: AffinityConfig) -> MatrixRefiner:
+    """A refiner that multiplies by the identity, for the plain CAM beside refined maps.
+
+    A refined map is cut at 0 on the patches and enlarged then, the plain map of `multi_scale_cam` the other
+    way round, which makes it narrower: negative patches take away from their positive neighbours. This
+    refiner gives both one order.
+
+    Args:
+        config: of the affinity that is compared.
+    """
+
+    def identity(attention: Attention) -> Tensor:
+        like = attention.queries[0]  # [B, H, T, d]
+        return torch.eye(attention.patches, device=like.device).expand(len(like), -1, -1)
+
+    return MatrixRefiner(replace(config, per_scale=True, auxiliary=False), matrix=identity)
+
+
 def always(matrix: Tensor) -> Callable[[Attention], Tensor]:
     """The same matrix [N, N] for every image, as `MatrixRefiner` wants it."""
     return lambda attention: matrix.expand(len(attention.queries[0]), -1, -1)
@@ -280,3 +301,42 @@ def blind_numbers(
         area = (map > recipe.cam.background).float().mean()
         rows[index] = {"median": float(map.median()), "area": float(area), "PAR": float(moved)}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def microscopes(
+    network: Network,
+    recipe: Recipe,
+    dataset: SegmentationDataset,
+    refiners: Mapping[str, Refiner],
+    indices: Sequence[int],
+) -> Chooser:
+    """The affinity microscope with menus for an image, one of its classes, and the form of the affinity.
+
+    Args:
+        refiners: name in the menu → refiner.
+        indices: images of the dataset; each is listed once per class of its label.
+    """
+    side, device = recipe.data.eval_size or recipe.data.crop, network.classifier.weight.device
+    scenes = {
+        f"{dataset.ids[i]}: {dataset.classes[kind]}": (i, kind)
+        for i in indices
+        for kind in dataset.label(i).nonzero().flatten().tolist()
+    }
+
+    def make(image: str, affinity: str) -> Any:
+        index, kind = scenes[image]
+        pixels, _, masks = samples(dataset, [index], side)
+        with torch.no_grad():
+            output = network(pixels.to(device), segment=False, capture=True)
+        cam, parts = output.cam[0, kind].relu(), object_parts(dataset, [index], side, [kind])
+        spots = landmarks(cam, parts=parts and parts[0])
+        return microscope(
+            pixels[0],
+            refiners[affinity].affinity(output.attention),
+            cam=cam.flatten(),
+            mask=masks and masks[0],
+            start=spots["Body"],
+            names={patch: name for name, patch in spots.items()},
+        )
+
+    return chooser(make, image=list(scenes), affinity=list(refiners))

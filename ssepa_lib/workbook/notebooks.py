@@ -6,17 +6,21 @@ notebook names what it needs and trains in its metadata: `{"ssepa": {"needs": [.
 """
 
 import ast
+import json
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssepa_lib.errors import UserError
-from ssepa_lib.paths import NOTEBOOKS
+from ssepa_lib.fields import shown
+from ssepa_lib.files import write_text
+from ssepa_lib.paths import NOTEBOOKS, PROJECT
+from ssepa_lib.readers import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,10 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     """
     kind = type(default)
     if isinstance(value, str) and kind is dict:
-        with suppress(yaml.YAMLError):
-            value = yaml.safe_load(value)
+        with suppress(ValueError):
+            value = parse_yaml(value)
     elif isinstance(value, str) and kind is not str:
-        with suppress(ValueError, SyntaxError):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # what deep nesting raises
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
     if kind is float and type(value) is int:
         value = float(value)
@@ -130,9 +134,10 @@ def coerce(name: str, value: Any, default: Any) -> Any:
     if kind in (list, tuple):
         value = list(value) if isinstance(value, (list, tuple)) else [value]
         return [coerce(f"an item of {name}", item, default[0]) if default else item for item in value]
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(
-            f"parameter {name} is {value!r}, but it must be of type {kind.__name__} (default {default!r})."
+            f"parameter {name} is {shown(value)}, but it must be of type {kind.__name__} (default "
+            f"{default!r})."
         )
     return value
 
@@ -166,6 +171,27 @@ def check_parameters(
         names = [name for name in given if name in defaults]
         values[notebook.name] = {name: coerce(name, given[name], defaults[name]) for name in names}
     return values
+
+
+def forget_places(copy: Path, results: Path) -> None:
+    """Take the folders of this machine, and with them the user's name, out of an executed notebook.
+
+    Args:
+        copy: the notebook; nothing happens if it cannot be read.
+        results: folder of everything computed, from now on `results`.
+    """
+    places = {results: "results", PROJECT: ".", Path(sys.prefix): "<python>", Path.home(): "~"}
+    try:
+        content = json.loads(copy.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # its kernel has not even started
+        return
+    for name in ("input_path", "output_path"):
+        content.get("metadata", {}).get("papermill", {}).pop(name, None)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    for place in sorted(places, key=lambda each: -len(str(each))):
+        if place != Path(place.root):
+            text = text.replace(json.dumps(str(place), ensure_ascii=False)[1:-1], places[place])
+    write_text(copy, f"{text}\n")
 
 
 def describe_parameters(notebooks: Sequence[Notebook]) -> str:

@@ -6,7 +6,6 @@ speed that whole training steps have reached on an x86 core, or by a share of th
 multiplies matrices. Such an estimate may be wrong by a factor of three; it tells minutes from days.
 """
 
-import csv
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from ssepa_lib.device import autocast, describe_device, precision, resolve_devic
 from ssepa_lib.errors import UserError
 from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.history import history_rows
 from ssepa_lib.training.run import RunFolder, find_finished
 from ssepa_lib.workbook.ablations import FSR_ARMS
 from ssepa_lib.workbook.queue import Job
@@ -122,11 +122,8 @@ def _measured(folder: Path) -> dict[str, float]:
     """Seconds per step of the runs in a folder of results, by their kind."""
     found = {}
     for run in map(RunFolder, sorted(folder.glob("*/"))):
-        with suppress(
-            UserError, OSError, KeyError, ValueError
-        ):  # what cannot be read says nothing about time
-            with run.history.open(newline="") as file:
-                last = list(csv.DictReader(file))[-1:]
+        with suppress(UserError, ZeroDivisionError):  # what cannot be read says nothing about time
+            last = history_rows(run.history)[-1:]
             found |= {_kind(run.recipe()): float(row["seconds"]) / int(row["step"]) for row in last}
     return found
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ssepa_lib.device import cores
-from ssepa_lib.errors import UserError
+from ssepa_lib.errors import UserError, explain_failure
 from ssepa_lib.evaluation.evaluate import evaluate_run, stored_result
 from ssepa_lib.files import FolderInUse, FolderLock
 from ssepa_lib.paths import variables_set
@@ -197,6 +197,12 @@ def _attempt(job: Job, report: Report, processes: int | None = None) -> tuple[st
         return "busy", str(error)
     except UserError as error:
         return "failed", str(error)
+    except ConnectionError:  # the reports go nowhere
+        raise
+    except (OSError, RuntimeError, MemoryError) as error:
+        if reason := explain_failure(error):
+            return "failed", reason
+        raise
 
 
 def _hand_out(jobs: Sequence[Job], agenda: _Agenda, workers: Mapping[Connection, BaseProcess]) -> None:

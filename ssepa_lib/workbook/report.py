@@ -1,19 +1,21 @@
 """The HTML report: every executed notebook as a page, and an index that begins with question and answer."""
 
 import base64
+import glob
 import html
 import io
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
-from ssepa_lib.evaluation.results import describe_size, read_results
+from ssepa_lib.data.images import UNREADABLE
+from ssepa_lib.evaluation.provenance import commit
+from ssepa_lib.evaluation.results import describe_size, read_all_results
 from ssepa_lib.files import write_text
-from ssepa_lib.paths import PROJECT
 from ssepa_lib.workbook import exhibits
 from ssepa_lib.workbook.figures.style import method_name
 from ssepa_lib.workbook.report_page import markdown, notebook_page, page, takeaways_of, title_of
@@ -32,14 +34,19 @@ ARGUMENT = ("04_cams", "04_layers", "06_methods")  # figures that the index show
 
 def read_runs(preset_folder: Path, run_name: str = "") -> dict[str, dict]:
     """`metrics.json` of every run directly below a preset's results, run name → split → result, sorted by
-    name.
+    name; a run that cannot be read is left out.
 
     Args:
         run_name: only the runs of this name, `<method>-<run_name>-seed<n>`; empty: all.
     """
-    pattern = f"*-{run_name}-*" if run_name else "*"
-    files = sorted(preset_folder.glob(f"{pattern}/metrics.json"))
-    return {path.parent.name: read_results(path.parent) for path in files}
+    found, _ = _read_runs(preset_folder, run_name)
+    return {folder.name: results for folder, results in found.items()}
+
+
+def _read_runs(preset_folder: Path, run_name: str) -> tuple[dict[Path, dict[str, dict]], list[str]]:
+    """The results of every run, and a sentence for each that is left out."""
+    pattern = f"*-{glob.escape(run_name)}-*" if run_name else "*"
+    return read_all_results(path.parent for path in sorted(preset_folder.glob(f"{pattern}/metrics.json")))
 
 
 def _setting(split: str, s: dict[str, Any]) -> str:
@@ -62,14 +69,15 @@ def _rows(preset_folder: Path, run_name: str) -> tuple[list[str], list[list[str]
 def headline(preset_folder: Path, run_name: str = "") -> str:
     """The mIoU table of a preset's runs as plain text, with the setting the numbers belong to."""
     columns, rows, settings = _rows(preset_folder, run_name)
+    left_out = _read_runs(preset_folder, run_name)[1]
     if not rows:
-        return "No trained run has been evaluated yet."
+        return "\n".join(["No trained run has been evaluated yet.", *left_out])
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     sides = ["<", "<"] + [">"] * len(HEADLINE)
     lines = [f"mIoU, %  ({'; '.join(settings)})"]
     for row in [columns, *rows]:
         lines.append("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)))
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out])
 
 
 def _by_method(preset_folder: Path, run_name: str) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -153,12 +161,14 @@ def _figures(folder: Path, count: int = 3) -> str:
     paths = sorted((folder / "figures").glob("*.png"), key=lambda p: (p.stem not in ARGUMENT, p.stem))[:count]
     items = []
     for path in paths:
-        with Image.open(path) as image:
-            title = html.escape(image.info.get("Title") or path.stem[3:].replace("_", " "), quote=True)
-        image = f'<img alt="{title}" src="data:image/jpeg;base64,{_thumbnail(path)}">'
-        items.append(
-            f'<figure><a href="../figures/{path.name}">{image}</a><figcaption>{title}</figcaption></figure>'
-        )
+        try:
+            with Image.open(path) as image:
+                title = html.escape(image.info.get("Title") or path.stem[3:].replace("_", " "), quote=True)
+            image = f'<img alt="{title}" src="data:image/jpeg;base64,{_thumbnail(path)}">'
+        except UNREADABLE:  # cut short by a full disk, for example; the report can do without it
+            continue
+        link = f'<a href="../figures/{quote(path.name)}">{image}</a>'
+        items.append(f"<figure>{link}<figcaption>{title}</figcaption></figure>")
     return f"<h2>Figures</h2>{''.join(items)}" if items else ""
 
 
@@ -169,27 +179,43 @@ def _item(path: Path, report: Path, around: tuple[str, str]) -> str:
     name, unfinished = path.stem.removesuffix(UNFINISHED), path.stem.endswith(UNFINISHED)
     try:
         notebook = nbformat.read(path, as_version=4)
-    except ValueError:  # the runner was killed while it saved this copy
-        return f'<li>{name} <span class="failed">cut short: run it again</span></li>'
+    except (ValueError, AttributeError, nbformat.ValidationError):  # killed while it saved this copy
+        return f'<li>{html.escape(name)} <span class="failed">cut short: run it again</span></li>'
     title = title_of(notebook) or name
     write_text(report / f"{path.stem}.html", notebook_page(notebook, title, *around))
     failed = any(o.get("output_type") == "error" for c in notebook.cells for o in c.get("outputs", []))
     state = "failed" if failed else "cut short"
     mark = f' <span class="failed">last call {state}</span>' if unfinished else ""
     said = "" if unfinished else markdown(takeaways_of(notebook))
-    return f'<li><a href="{path.stem}.html">{name[:2]} {html.escape(title)}</a>{mark}{said}</li>'
+    link = f'<a href="{quote(path.stem)}.html">{html.escape(f"{name[:2]} {title}")}</a>'
+    return f"<li>{link}{mark}{said}</li>"
 
 
 def _origin() -> str:
     """Environment, date and commit of this report."""
     from ssepa_lib.workbook.study import environment
 
-    asked = ["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{environment('auto')}; {datetime.now():%Y-%m-%d %H:%M}; commit {commit}"
+    return f"{environment('auto')}; {datetime.now():%Y-%m-%d %H:%M}; commit {commit()}"
+
+
+def _provenance(preset_folder: Path, run_name: str) -> str:
+    """What the numbers of every run were measured with, as a table below the origin of the report."""
+    names = {"weights": "weights", "pixels": "data", "recipe_hash": "recipe", "commit": "commit"}
+    rows = []
+    for run, splits in read_runs(preset_folder, run_name).items():
+        for split, result in splits.items():
+            setting = result["setting"]
+            used = ", ".join(f"{name} {number}" for name, number in setting.get("versions", {}).items())
+            known = [setting.get(name) or "not recorded" for name in names]
+            cells = [run, split, *known, used or "not recorded", setting.get("device", "not recorded")]
+            rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
+    heads = ["run", "split", *names.values(), "versions", "device"]
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    note = "Fingerprints: equal ones mean equal weights, pixels and settings of the training."
+    summary = "<summary>Weights, data, recipe and versions of every number</summary>"
+    table = f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<details>{summary}{table}<p class="note">{note}</p></details>' if rows else ""
 
 
 def write_report(preset_folder: Path, run_name: str = "") -> Path:
@@ -212,14 +238,17 @@ def write_report(preset_folder: Path, run_name: str = "") -> Path:
     title = ", ".join(filter(None, (f"SS-EPA workbook: {preset_folder.name}", run_name)))
     found = _by_method(preset_folder, run_name)
     tables = "".join(_table(setting, methods) for setting, methods in found.items())
+    left_out = [each.replace(f"{preset_folder}/", "") for each in _read_runs(preset_folder, run_name)[1]]
+    notes = "".join(f'<p class="note">{html.escape(each)}</p>' for each in left_out)
     parts = [
         f"<h1>{html.escape(title)}</h1><p><strong>{QUESTION}</strong></p>",
         f'<p class="answer">{html.escape(_answer(found))}</p>',
-        f"<h2>mIoU, %</h2>{tables}" if tables else "",
+        f"<h2>mIoU, %</h2>{tables}{notes}" if tables or notes else "",
         _figures(folder),
         f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>",
         f'<p><a href="{exhibits.PAGE}">{exhibits.TITLE}</a>: what each is made by.</p>',
         f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
+        _provenance(preset_folder, run_name),
     ]
     write_text(report / exhibits.PAGE, exhibits.exhibits_page(report, preset_folder.name))
     write_text(report / "index.html", page(title, "".join(parts)))

@@ -17,7 +17,8 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{ti
 _CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- block any_cell -%}
 {%- for tag in cell.metadata.get('tags', []) if '-' in tag %}<a id="{{ tag | e }}"></a>{% endfor -%}
-{%- if 'solution' in cell.metadata.get('tags', []) -%}
+{%- if 'colab' in cell.metadata.get('tags', []) -%}
+{%- elif 'solution' in cell.metadata.get('tags', []) -%}
 <details><summary>Solution</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock any_cell -%}"""
@@ -79,7 +80,14 @@ def markdown(text: str) -> str:
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
     equations = _Equations()
-    return equations.give(markdown2html_mistune(equations.take(text)))
+    return equations.give(markdown2html_mistune(equations.take(without_html(text))))
+
+
+def without_html(text: str) -> str:
+    """A computed Markdown text in which `<` is a character: the name of a class or a file is no HTML."""
+    return re.sub(
+        r"(```.*?```|`[^`\n]+`)|<(?=[A-Za-z/!?])", lambda match: match[1] or "&lt;", text, flags=re.S
+    )
 
 
 def _without_widgets(outputs: list[Any]) -> list[Any]:
@@ -110,7 +118,7 @@ def _prepared(notebook: Any, equations: _Equations) -> Any:
                 alt = f"Figure of the section: {heading}".replace('"', "'")
                 output.setdefault("metadata", {}).setdefault("image/png", {}).setdefault("alt", alt)
             if "text/markdown" in data:
-                data["text/markdown"] = equations.take("".join(data["text/markdown"]))
+                data["text/markdown"] = equations.take(without_html("".join(data["text/markdown"])))
     return notebook
 
 

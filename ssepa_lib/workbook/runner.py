@@ -15,9 +15,10 @@ from typing import IO, Any
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import DATASETS, build_dataset
 from ssepa_lib.errors import UserError
+from ssepa_lib.files import FolderLock
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root, variables_set
 from ssepa_lib.training.run import RunFolder
-from ssepa_lib.workbook.notebooks import Notebook, check_parameters, discover, select
+from ssepa_lib.workbook.notebooks import Notebook, check_parameters, discover, forget_places, select
 from ssepa_lib.workbook.plan import LONG, confirm, describe, notebook_jobs, plan
 from ssepa_lib.workbook.progress import PROGRESS, Display, clock
 from ssepa_lib.workbook.report import UNFINISHED, headline, write_report
@@ -67,6 +68,7 @@ def _execute(notebook: Notebook, folder: Path, values: Mapping[str, Any], engine
     from papermill.exceptions import PapermillExecutionError
 
     copy = folder / f"{notebook.name}{UNFINISHED}.ipynb"
+    failure = None
     try:
         papermill.execute_notebook(
             notebook.path,
@@ -82,11 +84,13 @@ def _execute(notebook: Notebook, folder: Path, values: Mapping[str, Any], engine
         number = error.exec_count - bool(values)  # papermill puts a cell of its own before the others
         line = next(iter(error.source.splitlines()), "")
         message = " ".join(str(error.evalue).split())
-        return f"{notebook.name}, cell In [{number}] `{line}`: {error.ename}: {message}"
+        failure = f"{notebook.name}, cell In [{number}] `{line}`: {error.ename}: {message}"
     except Exception as error:  # a kernel that dies or does not start must not hide the notebooks before it
-        return f"{notebook.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    copy.replace(folder / notebook.path.name)
-    return None
+        failure = f"{notebook.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    forget_places(copy, results_root())
+    if failure is None:
+        copy.replace(folder / notebook.path.name)
+    return failure
 
 
 def _run_all(
@@ -190,8 +194,8 @@ def run_workbook(
     with tempfile.TemporaryDirectory() as scratch, variables_set(SSEPA_RESULTS=str(root), **places):
         _announce(chosen, values, yes)
         folder = preset_folder(preset, run_name)
-        (folder / "notebooks").mkdir(exist_ok=True)
-        failures = _run_all(chosen, values, folder / "notebooks", Path(scratch))
+        with FolderLock(folder / "notebooks"):
+            failures = _run_all(chosen, values, folder / "notebooks", Path(scratch))
     index = write_report(root / preset, run_name)
     print(f"\n{headline(root / preset, run_name)}\n")
     taken = clock(time.time() - began)

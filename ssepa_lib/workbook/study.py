@@ -16,13 +16,14 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssepa_lib.compose import load_recipe
-from ssepa_lib.data import SegmentationDataset, eval_batches
+from ssepa_lib.data import SegmentationDataset, build_dataset, eval_batches, measured_split
 from ssepa_lib.device import describe_device, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.attention import attention_statistics
 from ssepa_lib.evaluation.memory import affinity_map_bytes, peak_memory, saved_activation_bytes
+from ssepa_lib.labels.crf import require_crf
 from ssepa_lib.model import Attention, Network, PatchAffinity
-from ssepa_lib.paths import results_root
+from ssepa_lib.paths import plain_name, results_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder, find_finished
 from ssepa_lib.training.trainer import OnStep, train
@@ -43,18 +44,21 @@ def preset_folder(preset: str, run_name: str = "") -> Path:
     Raises:
         UserError: a run name that is no plain name of a folder.
     """
-    if run_name and (Path(run_name).name != run_name or run_name.startswith(".")):
-        raise UserError(f"run_name '{run_name}' is no plain folder name; use letters, digits, '-' and '_'.")
-    folder = results_root() / preset / run_name
+    folder = results_root() / plain_name("preset", preset)
+    folder = folder / plain_name("run_name", run_name) if run_name else folder
     for name in ("figures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> Path:
-    """`<results>/<preset>/<method>[-<backbone>][-<run_name>]-seed<seed>` of a method or `method/backbone`."""
-    name = method.replace("/", "-")
-    return results_root() / preset / "-".join(filter(None, (name, run_name, f"seed{seed}")))
+    """`<results>/<preset>/<method>[-<backbone>][-<run_name>]-seed<seed>` of a method or `method/backbone`.
+
+    Raises:
+        UserError: a preset or run name that is no plain name of a folder.
+    """
+    parts = (method.replace("/", "-"), plain_name("run_name", run_name) if run_name else "", f"seed{seed}")
+    return results_root() / plain_name("preset", preset) / "-".join(filter(None, parts))
 
 
 def _pair(method: str, run_name: str) -> tuple[str, str]:
@@ -209,6 +213,24 @@ def run_study(
             named = result | {"setting": result["setting"] | {"method": method}}
             rows.append(result_row(outcome.run, preset, arm or run_name, named))
     return pd.DataFrame(rows)
+
+
+def require_scoring(recipe: Recipe, splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Report missing data, and what cannot be scored, before the first run is trained.
+
+    Args:
+        recipe: of one of the runs.
+        splits: split → options of `evaluate_run`.
+
+    Raises:
+        UserError: see `build_dataset` and `require_crf`; a size out of range.
+    """
+    build_dataset(recipe.data, "train")
+    for split, options in splits.items():
+        size = recipe.data.eval_size if options.get("size") is None else options["size"]
+        measured_split(replace(recipe, data=replace(recipe.data, eval_size=size)), split)
+        if "ms_crf" in options.get("test_time", ()):
+            require_crf()
 
 
 def attention_of(network: Network, recipe: Recipe, dataset: SegmentationDataset) -> pd.DataFrame:

@@ -2,13 +2,14 @@
 Markdown."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.results import read_results
+from ssepa_lib.evaluation.results import read_all_results
 from ssepa_lib.paths import PROJECT, RECIPES
 
 
@@ -23,17 +24,18 @@ def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
 def collect_runs(folder: Path | str) -> pd.DataFrame:
     """Every evaluated run below a folder, one row per run and split: the result on the most images.
 
+    A run whose metrics cannot be read is left out; a line on standard error names it.
+
     Columns: `run`, `preset` (folder names), the entries of the setting (`data`, `split`, `method`, `seed`,
     `steps`, …), `variant` (what the run's name adds to the method), one column of mIoU in percent per output,
     `mean_average_precision`, and `settings`, the whole setting as a dict.
-
-    Raises:
-        UserError: a metrics file that is not JSON or has another layout.
     """
     rows = []
-    for path in sorted(Path(folder).rglob("metrics.json")):
-        run = path.parent
-        results = sorted(read_results(run).values(), key=lambda r: r["setting"]["images"])
+    found, problems = read_all_results(path.parent for path in sorted(Path(folder).rglob("metrics.json")))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    for run, stored in found.items():
+        results = sorted(stored.values(), key=lambda r: r["setting"]["images"])
         most = {result["setting"]["split"]: result for result in results}
         for result in most.values():
             setting = result["setting"]

@@ -217,8 +217,10 @@ class View {
     }
     this.lut = ramp(spec.colours);
     this.root = h("section", { class: "ssx", "aria-label": spec.title });
-    // JupyterLab's shortcuts without a modifier would take digits and arrow keys away from the explorer.
-    const guard = (e) => this.root.toggleAttribute("data-lm-suppress-shortcuts", !(e.ctrlKey || e.metaKey || e.altKey));
+    // JupyterLab's shortcuts without a modifier would take digits and arrow keys away from the explorer. It looks
+    // for this attribute above the element in focus too late, after that element itself.
+    const guard = (e) => this.root.contains(e.target) &&
+      e.target.toggleAttribute("data-lm-suppress-shortcuts", !(e.ctrlKey || e.metaKey || e.altKey));
     addEventListener("keydown", guard, true);
     this.off.push(() => removeEventListener("keydown", guard, true));
     el.append(h("style", {}, STYLE), this.root);
@@ -819,14 +821,20 @@ function render({ model, el }) {
   const open = () => {
     close();
     el.replaceChildren();
+    view = null;
+    const here = model.get("blob")?.byteLength ?? 0, parts = Object.values(model.get("spec").parts);
+    if (parts.some(({ at, count, type }) => at + count * +type[1] > here)) {
+      el.append(h("p", { role: "status" }, "The data of this explorer is not there yet; run its cell again if it does not come."));
+      return;
+    }
     view = new View(model, el);
     KINDS[view.spec.kind](view);
     view.draw();
   };
   if (!model.frozen) el.classList.add("ssepa-live");
-  model.on("change:spec", open);
+  for (const name of ["spec", "blob"]) model.on(`change:${name}`, open);
   open();
-  return () => (close(), model.off("change:spec", open));
+  return () => { close(); for (const name of ["spec", "blob"]) model.off(`change:${name}`, open); };
 }
 
 // A page of its own, without a kernel: the state and the data lie in two script elements.

@@ -9,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
+from ssepa_lib.training.history import history_rows
 from ssepa_lib.workbook.figures.style import BESIDE, OUTPUT_NAMES, own_axes
 
 TERM_NAMES = {
@@ -43,7 +44,10 @@ def plot_learning_curves(
     Returns:
         Axes of the panels, flat.
     """
-    tables = {run: h if isinstance(h, pd.DataFrame) else pd.read_csv(h) for run, h in histories.items()}
+    tables = {
+        run: h if isinstance(h, pd.DataFrame) else pd.DataFrame(history_rows(Path(h))).apply(pd.to_numeric)
+        for run, h in histories.items()
+    }
     if terms is None:
         found = dict.fromkeys(column for table in tables.values() for column in table)
         terms = [column for column in found if column not in ("step", "seconds")]
