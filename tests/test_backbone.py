@@ -14,6 +14,7 @@ from ssepa_lib.compose import load_recipe
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.memory import saved_activation_bytes
 from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.weights import _load_weights
 from ssepa_lib.recipe import ModelConfig
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -148,11 +149,12 @@ def test_old_vit_small_attends_as_it_was_trained(tmp_path):
     """timm's vit_small of 2020 divided QKᵀ by √768 where every head has 96 values."""
     torch.manual_seed(0)
     config = load_recipe("voc/toco/vit_small_depth8").model
-    state = dict(Backbone(replace(config, weights="none")).vit.state_dict())
+    loaded = Backbone(replace(config, weights="none")).eval()
+    state = {key: value.clone() for key, value in loaded.vit.state_dict().items()}
     for key in (key for key in state if key.endswith("qkv.weight")):
         state[key] = torch.randn_like(state[key]) * 0.1  # sharp enough for the scale to matter
     torch.save(state | {"head.weight": torch.zeros(3, 768)}, tmp_path / "old.pth")
-    loaded = Backbone(replace(config, weights=str(tmp_path / "old.pth"))).eval()
+    _load_weights(loaded.vit, tmp_path / "old.pth", "vit_small")
     image = torch.rand(1, 3, 32, 32) * 255
     with torch.no_grad():
         x, *_ = loaded._embed(image, None)

@@ -62,14 +62,7 @@ EXHIBITS = (
         "07_memory_profiling",
         "published rows and formula",
     ),
-    Exhibit(
-        "ssepa-table-5",
-        "SS-EPA, Table 5",
-        "backbones",
-        "06_ablations",
-        "published rows",
-        '-p \'table_5=["toco/vit_small_depth8","ssepa/vit_small_depth8"]\'',
-    ),
+    Exhibit("ssepa-table-5", "SS-EPA, Table 5", "backbones", "06_ablations", "published rows"),
     Exhibit(
         "fsr-overview", "FSR, overview", "teacher, student and masks", "03_training", "settings of the run"
     ),
