@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except (OSError, RuntimeError, MemoryError) as error:
         reason = explain_failure(error)
-        if reason is None and isinstance(error, OSError):
-            reason = f"{error.filename or 'a file'}: {error.strerror or error}; correct that path."
+        if reason is None and isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}; correct that path, or what is there."
         if reason is None:
             raise
         return _end(f"error: {reason}", 2)

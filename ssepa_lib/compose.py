@@ -81,10 +81,10 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     is_file = name.endswith(SUFFIXES)
     merged: dict[str, Any] = {"name": name}
     for path in [Path(name)] if is_file else _files(name):
-        _merge(merged, _translated(_read(path), f"recipe file {path}"))
+        _add(merged, _translated(_read(path), f"recipe file {path}"))
     if not is_file or "title" not in merged:
         merged["title"] = method_title(merged["name"])
-    _merge(merged, _translated(_nested(overrides or {}), f"recipe '{name}'"))
+    _add(merged, _translated(_nested(overrides or {}), f"recipe '{name}'"))
     try:
         return Recipe(**{key: value for key, value in merged.items() if key not in ("format", "short")})
     except UserError as error:
@@ -211,6 +211,16 @@ def _nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
             value = {part: value}
         _merge(content, value)
     return content
+
+
+def _add(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    """Merge settings; another backbone starts without the arguments and the weights of the one before."""
+    model = target.get("model", {})
+    name = source.get("model", {}).get("backbone")
+    if name is not None and name != model.get("backbone"):
+        for key in ("backbone_args", "weights"):
+            model.pop(key, None)
+    _merge(target, source)
 
 
 def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:

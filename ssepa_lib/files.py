@@ -1,6 +1,7 @@
 """Atomic files, always in UTF-8, and a lock that keeps a second writer out of a folder."""
 
 import csv
+import errno
 import json
 import os
 import socket
@@ -113,7 +114,9 @@ def require_place(path: Path, folder: bool = True, writable: bool = True) -> Non
     if there != path and not there.is_dir():
         raise UserError(f"{path} cannot be made, because {there} is a file; choose another folder.")
     if writable and not os.access(there, os.W_OK):
-        raise UserError(f"{path} cannot be written, because {there} is read-only; choose another folder.")
+        sealed = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
+        code = errno.EROFS if sealed else errno.EACCES
+        raise UserError(explain_failure(OSError(code, os.strerror(code), str(path))))
 
 
 class FolderInUse(UserError):

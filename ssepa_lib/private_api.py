@@ -10,6 +10,7 @@ from torch import Tensor, nn
 NAMES = {
     "torch.nn.Module": ("_call_impl", "_compiled_call_impl"),
     "torch.cpu": ("_is_amx_tile_supported",),
+    "torch.Tensor": ("_version",),
     "timm.models.vision_transformer.VisionTransformer": ("_pos_embed",),
 }  # import path → private attributes used here
 
@@ -28,6 +29,11 @@ def is_compiled(module: nn.Module) -> bool:
 def call_uncompiled(module: nn.Module, x: Tensor, **arguments: Tensor) -> Tensor:
     """Call a module past its compiled form, which would hide what happens inside."""
     return module._call_impl(x, **arguments)
+
+
+def versions(module: nn.Module) -> tuple[int, ...]:
+    """A number per parameter that grows whenever the parameter is written to."""
+    return tuple(parameter._version for parameter in module.parameters())
 
 
 def embeds_positions(vit: nn.Module) -> bool:

@@ -39,6 +39,13 @@ __all__ = [
 ]
 
 
+_BACKBONE_ONLY = {  # settings without a purpose once the backbone is frozen
+    "losses": ("ptc", "ctc", "unc", "cer"),
+    "cam": ("teacher_momentum",),
+    "model": ("train_pos_embed", "drop_path"),
+}
+
+
 @dataclass(frozen=True, config=CONFIG)
 class Recipe(Section):
     """One run: data → network → affinity → CAM → losses → optimiser."""
@@ -75,6 +82,21 @@ class Recipe(Section):
                 "contrast.views masked needs losses.ctc above 0 and model.aggregator class_token: it "
                 "contrasts the backbone's own class tokens."
             )
+        if self.model.freeze:
+            self._require_frozen()
+
+    def _require_frozen(self) -> None:
+        """Refuse settings that train the backbone, or heads that serve its training alone."""
+        for section, names in _BACKBONE_ONLY.items():
+            for name in names:
+                value = getattr(getattr(self, section), name)
+                if value:
+                    off = "false" if value is True else "0"
+                    raise UserError(
+                        f"model.freeze is true, but {section}.{name} trains the backbone; set "
+                        f"{section}.{name} to {off} (the method frozen does so, as in voc/ssepa_plus+frozen) "
+                        "or model.freeze to false."
+                    )
 
     @property
     def segmentation_step(self) -> int:

@@ -89,6 +89,8 @@ class DataConfig(Section, key="data"):
     """The training view: toco, a crop after a random resize; plain, without jitter; fsr, a resized crop."""
     scale: Annotated[list[Scale], TWO] = values(0.5, 2.0)
     """Random resize before the crop of the toco view, [low, high]."""
+    fixed_views: Images = 0
+    """Draw so many random views of each image, which return in later epochs; 0: a new one every time."""
     batch: Batch = 4
     """Images per step over all processes; a different total changes the results."""
     workers: Annotated[int, Field(ge=0, le=1024), NotTrained] = 2
@@ -130,6 +132,10 @@ class ModelConfig(Section, key="model"):
     """Where the class token comes from: the backbone, FSR's cross-attention, average or maximum pooling."""
     keep_class_token: bool = False
     """With another aggregator: leave the checkpoint's class token in the blocks (FSR removes it)."""
+    freeze: bool = False
+    """Keep the backbone as it is and train classifiers, decoder and HAAF alone."""
+    cache_gb: Annotated[float, Field(ge=0, le=10_000), NotTrained] = 3.0
+    """Memory for the features of a frozen backbone on the views of data.fixed_views, in GB; 0: none."""
 
     def __post_init__(self) -> None:
         self._check_backbone_args()

@@ -328,7 +328,9 @@ def gpu(
     return run_gpu(out, minutes, data=data, weights=weights, dry_run=dry_run)
 
 
-def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, seed: int = 0) -> None:
+def pretrain(
+    *, out: Annotated[Path, arg(metavar="FILE")], backbone: str = "", steps: int = 1800, seed: int = 0
+) -> None:
     """Pre-train the micro ViT of the built-in data again.
 
     Example: python -m ssepa_lib pretrain --out vit_micro.safetensors
@@ -346,4 +348,4 @@ def pretrain(*, out: Annotated[Path, arg(metavar="FILE")], steps: int = 1800, se
     require_place(out, folder=False)
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out} must end in .safetensors; that is the format of the weights.")
-    print(pretrain(out, steps=steps, seed=seed, on_step=follow("pretrain")))
+    print(pretrain(out, backbone=backbone, steps=steps, seed=seed, on_step=follow("pretrain")))

@@ -168,6 +168,47 @@ def perturbed(path):
     _weights(path, lambda state, info: ({k: v + 0.1 for k, v in state.items()}, info))
 
 
+class Surprise:
+    """What a pickle of a stranger would do."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def _state(path, content):
+    """An unfinished run whose checkpoint is a content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_recipe(load_recipe("small.yaml"), path.with_name("recipe.yaml"))
+    torch.save(content, path)
+
+
+def state_that_is_a_list(path):
+    _state(path, [1, 2])
+
+
+def state_without_weights(path):
+    _state(path, {"index": 1})
+
+
+def state_beyond_the_end(path):
+    parts = dict.fromkeys(("network", "optimizer", "scheduler", "objectives"), {})
+    _state(path, {"index": 99, **parts})
+
+
+def state_of_other_weights(path):
+    parts = dict.fromkeys(("network", "optimizer", "scheduler", "objectives"), {"x": torch.zeros(2)})
+    _state(path, {"index": 1, **parts})
+
+
+def state_that_runs_code(path):
+    _state(path, {"index": Surprise()})
+
+
+def state_cut_short(path):
+    _state(path, {"index": 1, "network": torch.zeros(1000)})
+    half(path)
+
+
 MAKERS = {f.__name__.replace("_", " "): f for f in list(globals().values()) if callable(f)}
 
 

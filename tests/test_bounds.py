@@ -83,7 +83,7 @@ def is_within(kind, metadata, value):
 
 
 @pytest.mark.parametrize("key", KEYS)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_setting_far_outside_is_named(key, data):
     section, name = key.split(".")

@@ -174,11 +174,8 @@ def elements(browser, selector):
 
 def errors(browser):
     """What the page itself complained about, but for what JupyterLab and anywidget say of a slow machine."""
-    ignored = (
-        "favicon",
-        "widget model not found",
-        "Failed to initialize model",
-    )  # the last: after 2 s, in vain
+    ignored = ("favicon", "beforeunload", "widget model not found")
+    ignored += ("Failed to initialize model",)  # anywidget, after 2 s; it goes on all the same
     entries = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     return [message for message in entries if not any(word in message for word in ignored)]
 
@@ -295,15 +292,15 @@ for (let i = 0; i < 40; i++) {
   canvas.getContext("2d").getImageData(0, 0, 1, 1);  // until it is drawn
   times.push(performance.now() - began);
 }
-return times.sort((a, b) => a - b)[20];"""
+return times.sort((a, b) => a - b);"""
 
 
 def time_of_moves(browser, view, record):
     """Median milliseconds of 40 moves, printed; less than 50 on a quiet machine, more on a busy one."""
-    median = browser.execute_script(MOVES, view)
-    record("milliseconds_of_a_move", round(median, 1))
-    print(f"an explorer move takes {median:.1f} ms (median of 40)")
-    assert median < 250
+    times = browser.execute_script(MOVES, view)
+    record("milliseconds_of_a_move", round(times[20], 1))
+    print(f"\nan explorer move takes {times[20]:.1f} ms (median of 40; {times[0]:.1f} to {times[-1]:.1f})")
+    assert times[20] < 250
 
 
 def try_saved(browser, lab, name, count):

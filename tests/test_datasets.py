@@ -199,7 +199,7 @@ def test_folder_item(folder):
     train, val = FolderDataset(folder, "train"), FolderDataset(folder, "val")
     assert train.classes == ("bee", "moth") and train.ids == ["a", "c"] and val.ids == ["b"]
     assert names(train, 0) == ["bee", "moth"] and names(train, 1) == [] and names(val, 0) == ["bee"]
-    assert train.mask(0).shape == (4, 6) and train.mask(1) is None
+    assert train.mask(0).shape == (4, 6) and train.mask(1) is None and (train.masked, val.masked) == (1, 0)
 
 
 def test_folder_class_file_sets_the_order_and_the_column_split_is_optional(folder):

@@ -110,6 +110,14 @@ def test_pseudo_labels_at_original_size(tmp_path, monkeypatch, test_time):
         assert set(np.unique(ids)) == {0, i + 1}
 
 
+def test_pseudo_labels_may_have_overlays(tmp_path):
+    data, options = TwoImages(), {"device": "cpu", "test_time": "single", "overlays": True}
+    out = export_pseudo_labels(ColourNetwork(), recipe(8), data, tmp_path, **options)
+    assert sorted(path.name for path in out.glob("*.jpg")) == sorted(f"{id}_overlay.jpg" for id in data.ids)
+    with Image.open(out / f"{data.ids[0]}_overlay.jpg") as image:
+        assert (image.width, image.height > data.image(0).height) == (data.image(0).width, True)
+
+
 def test_pseudo_labels_need_labels(tmp_path):
     class Unlabelled(TwoImages):
         def label(self, i):

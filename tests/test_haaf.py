@@ -1,10 +1,13 @@
 """What trains HAAF: every objective lowers itself, reaches nothing but the MLP, and leaves padding out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from ssepa_lib.data import IGNORE
 from ssepa_lib.errors import UserError
 from ssepa_lib.methods.haaf import HaafObjective, divergence_from_equal, objectives
 from ssepa_lib.recipe import HAAF_OBJECTIVES
@@ -124,3 +127,36 @@ def test_only_a_learned_haaf_has_an_objective(tiny):
     ):
         assert objectives(tiny("ssepa", **overrides), None) == []
     assert [type(part) for part in objectives(tiny("ssepa"), None)] == [HaafObjective]
+
+
+def test_objectives_on_known_maps_by_other_formulas(tiny, step_of, monkeypatch):
+    """Maps that HAAF would make are given; the objectives are computed with torch's own losses and loops."""
+    recipe = tiny("ssepa", **{"losses.segmentation_start": 0.0})
+    _, make = step_of(recipe)
+    step, part = make(), HaafObjective(recipe)
+    batch, tokens, classes = *step.output.cam.flatten(2).shape[::2], step.batch.label.shape[1]
+    maps = 0.05 + 0.9 * torch.rand(batch, tokens, classes)
+    monkeypatch.setattr(part, "_products", lambda *_: maps)
+    expected = F.multilabel_soft_margin_loss(maps.max(1).values, step.batch.label)
+    torch.testing.assert_close(part._cls(step), expected)
+
+    label = torch.arange(batch * tokens).view(batch, tokens) % (classes + 1)
+    label[:, ::3] = IGNORE
+    mass = 0.1 + torch.rand(batch, tokens, classes + 1)
+    monkeypatch.setattr(part, "_products", lambda *_: mass)
+    shares = [
+        -math.log(mass[b, n, label[b, n]] / mass[b, n].sum())
+        for b in range(batch)
+        for n in range(tokens)
+        if label[b, n] != IGNORE
+    ]
+    found = part._affinity(replace(step, token_label=label)).item()
+    assert found == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+
+    logits = torch.randn(batch, classes + 1, *step.output.grid)
+    target = logits.softmax(1)[:, 1:].flatten(2).transpose(1, 2)
+    monkeypatch.setattr(part, "_refined", lambda *_: maps)
+    known = replace(step, output=replace(step.output, segmentation=logits))
+    losses = F.binary_cross_entropy(maps, target, reduction="none").mean(1)
+    present = step.batch.label.bool()
+    torch.testing.assert_close(part._decoder(known), losses[present].mean())

@@ -16,6 +16,7 @@ from ssepa_lib.methods.losses import (
     normalised_cut,
     patch_token_contrast,
     segmentation_loss,
+    unexplained_variance,
 )
 
 
@@ -56,6 +57,26 @@ def test_normalised_cut_against_loops_and_at_its_ends():
         1, abs=1e-3
     )
     assert normalised_cut(two, torch.zeros(1, 4), torch.ones(1, 4)).isfinite()  # an image without foreground
+
+
+def test_unexplained_variance_by_hand():
+    """Two kinds of tokens, ±(1, -1) after centring, and padding that must not count."""
+    tokens = torch.tensor([[[3.0, 0], [3, 0], [0, 3], [0, 3], [70, -9]]])
+    valid = torch.tensor([[1.0, 1, 1, 1, 0]])
+    maps = torch.tensor([[1.0, 1, 0, 0, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0.5] * 5]).T[None]  # [1, 5, 4]
+    for present, expected in (
+        ([1, 0, 0, 0], 0.0),  # the sides are the kinds: (2² / 2 + 2² / 2) / 4 is explained
+        ([0, 1, 0, 0], 2 / 3),  # (1² / 1 + 1² / 3) / 4
+        ([0, 0, 1, 0], 1.0),
+        ([0, 0, 0, 1], 1.0),
+        ([1, 1, 0, 0], 1 / 3),
+    ):
+        found = unexplained_variance(tokens, maps, valid, torch.tensor([present]).float())
+        assert found.item() == pytest.approx(expected, abs=1e-4), present
+    both = unexplained_variance(
+        tokens.repeat(2, 1, 1), maps.repeat(2, 1, 1), valid.repeat(2, 1), torch.eye(4)[[0, 1]]
+    )
+    assert both.item() == pytest.approx(1 / 3, abs=1e-4)
 
 
 def slow_patch_token_contrast(patches, labels):

@@ -49,6 +49,16 @@ def mount(folder, *options):
     return ROOT and subprocess.run(command, capture_output=True).returncode == 0
 
 
+def gone(pids, seconds=10.0):
+    """Whether all processes end within some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A folder, on a small disk of its own where this process may mount one, and a context in which it is
@@ -323,22 +333,41 @@ def test_a_mistake_in_a_loader_process_keeps_its_traceback():
         list(eval_batches(Bad(mistake), 8, 1, workers=1))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux")
+def test_loader_processes_end_with_a_parent_that_is_killed():
+    """Also while a batch waits that does not fit into a pipe, as the decoded images of an evaluation do."""
+
+    class Large(TwoImages):
+        def mask(self, i):
+            return bytes(200_000)
+
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if not parent:
+        try:
+            others = set(active_children())
+            iterator = iter(eval_batches(Large(), 8, 1, workers=1))
+            os.write(writer, b"about to start")
+            next(iterator)
+            own = set(active_children()) - others
+            os.write(writer, " ".join(str(process.pid) for process in own).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    assert os.read(reader, 1000) == b"about to start"
+    workers = os.read(reader, 1000).decode().split()
+    assert workers and not gone(workers, 0.5), "the second batch is made, and waits"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert gone(workers)
+
+
 # Processes of the dense CRF
 
 
 def crf_jobs(number=50):
     image, probabilities = np.zeros((8, 8, 3), np.uint8), np.full((2, 8, 8), 0.5, np.float32)
     return ((image, probabilities, i) for i in range(number))
-
-
-def gone(pids, seconds=10.0):
-    """Whether all processes end within some seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 needs_crf = pytest.mark.skipif(not crf_available(), reason="pydensecrf2 is not installed")
@@ -364,9 +393,11 @@ def test_crf_processes_end_with_a_parent_that_is_killed():
     parent = os.fork()
     if not parent:
         try:
+            others = set(active_children())
             labelled = crf_pool(crf_jobs(), 2)
             next(labelled)
-            os.write(writer, " ".join(str(process.pid) for process in active_children()).encode())
+            own = set(active_children()) - others
+            os.write(writer, " ".join(str(process.pid) for process in own).encode())
             time.sleep(60)
         finally:
             os._exit(1)

@@ -83,6 +83,15 @@ def test_pairs_differ_in_the_background_alone(trained):
     assert not torch.equal(home, foreign) and home.shape == (3, 32, 32)
 
 
+def test_a_dataset_is_measured_where_every_image_has_a_mask(trained, monkeypatch, capsys):
+    dataset = trained[2]
+    assert map_study.has_masks(dataset) and not capsys.readouterr().out
+    monkeypatch.setattr(type(dataset), "masked", 3)
+    assert not map_study.has_masks(dataset) and "Only 3 of 4 images" in capsys.readouterr().out
+    monkeypatch.setattr(type(dataset), "masked", 0)
+    assert not map_study.has_masks(dataset) and "no masks" in capsys.readouterr().out
+
+
 def test_propagation_ends_in_a_constant_and_starts_with_the_map():
     affinity = map_study.random_rows(9)
     assert torch.allclose(affinity.sum(1), torch.ones(9))

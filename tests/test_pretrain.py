@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from ssepa_lib.benchmarks.pretrain_shapes import _colours, _mosaic, _naming_loss, pretrain
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data.shapes import render_scene
-from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.backbone import Backbone, build_backbone
 from ssepa_lib.model.weights import MICRO_WEIGHTS
 
 QUICK = {"steps": 2, "batch": 8, "images": 12, "device": "cpu"}
@@ -27,6 +27,21 @@ def test_weights_load_into_the_recipe_and_name_their_command(tmp_path):
     assert torch.equal(micro(out).vit.norm.weight, load_file(out)["norm.weight"].float())
     assert rows[-1]["step"] == rows[-1]["steps"] == 2
     assert {"loss", "naming", "painting", "seconds_left"} <= set(rows[-1])
+
+
+@pytest.mark.parametrize("name", ["swin_micro", "efficientformer_micro"])
+def test_hierarchical_backbones_are_pretrained_by_the_same_script(tmp_path, name):
+    out = pretrain(tmp_path / "w.safetensors", backbone=name, **QUICK)
+    assert out.stat().st_size < 4e6
+    with safe_open(out, "pt") as file:
+        assert f"--backbone {name} --steps 2" in file.metadata()["made by"]
+    recipe = load_recipe(f"shapes/toco/{name}", {"model.weights": str(out)})
+    backbone, state = build_backbone(recipe.model), load_file(out)
+    found = dict(backbone.vit.named_parameters())
+    assert all(torch.equal(found[key], value.float()) for key, value in state.items() if key in found)
+    assert found.keys() <= state.keys() and backbone.grid(96, 96) == (12, 12)
+    statistics = [value for key, value in state.items() if key.endswith("running_mean")]
+    assert all(value.abs().sum() > 0 for value in statistics), "batch norms have seen the images"
 
 
 def test_a_seed_fixes_the_weights_and_leaves_the_callers_random_numbers_alone(tmp_path):

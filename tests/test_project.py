@@ -17,7 +17,7 @@ from ssepa_lib.paths import NOTEBOOKS, PROJECT, RECIPES
 from ssepa_lib.workbook import colab
 from ssepa_lib.workbook.notebooks import discover
 
-NUMBERS = [f"{n:02d}" for n in range(8)]
+NUMBERS = [f"{n:02d}" for n in range(9)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 DOCUMENTS = [*PROJECT.glob("*.md"), PROJECT / "data" / "README.md", PROJECT / "results" / "README.md"]
 pyproject = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
@@ -99,6 +99,13 @@ def test_notebook_cells_are_short_and_define_nothing(path):
         assert not kinds & {ast.ClassDef, ast.FunctionDef}, "definitions belong in the library"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_saved_figure_prints_no_path(path):
+    for cell in cells(path):
+        last = cell.source.splitlines()[-1] if cell.source else ""
+        assert not last.startswith("figures.save_figure(") or last.endswith(";"), f"a semicolon after {last}"
+
+
 def test_every_parameter_is_explained_and_used():
     for path in FILES:
         code = [cell.source for cell in cells(path) if cell.cell_type == "code"]
@@ -121,6 +128,7 @@ SECOND_EDITION = {  # number of a notebook → predictions it has at least
     "05": 2,
     "06": 2,
     "07": 2,
+    "08": 2,
 }
 LESSONS = [path for path in FILES if path.stem[:2] in SECOND_EDITION]
 EXPLORER = re.compile(r"\bexplorers\.(\w+)\(")

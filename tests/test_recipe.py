@@ -47,6 +47,14 @@ def test_every_recipe_file_opens_with_a_comment(file):
     assert file.read_text().startswith("# ")
 
 
+def test_another_backbone_starts_without_the_arguments_of_the_one_before():
+    recipe = load_recipe("shapes/toco/swin_tiny")
+    assert recipe.model.backbone_args == {} and recipe.model.weights == ""
+    assert load_recipe("shapes/toco", {"model.backbone": "deit_tiny_patch16_224"}).model.backbone_args == {}
+    same = load_recipe("shapes/toco", {"model.backbone_args": {"depth": 2}}).model
+    assert same.backbone_args["depth"] == 2 and same.backbone_args["embed_dim"] == 96
+
+
 def test_published_schedule():
     recipe = load_recipe("voc/ssepa")
     assert (recipe.train.steps, recipe.warmup_steps, recipe.segmentation_step, recipe.data.batch) == (

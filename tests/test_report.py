@@ -4,15 +4,17 @@ import base64
 import json
 import re
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from ssepa_lib.model import Attention, PatchAffinity
-from ssepa_lib.workbook import explorers
+from ssepa_lib.workbook import explorers, lesson
+from ssepa_lib.workbook.figures import save_figure
 from ssepa_lib.workbook.report import write_report
-from ssepa_lib.workbook.report_page import markdown, mathml, notebook_page, takeaways_of
+from ssepa_lib.workbook.report_page import linked, markdown, mathml, notebook_page, takeaways_of
 
 PIXEL = base64.b64encode(bytes.fromhex("89504e470d0a1a0a")).decode()
 WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "Slider()"}
@@ -130,3 +132,29 @@ def test_the_index_says_where_every_number_comes_from(tmp_path):
 def test_an_index_without_results_says_so(tmp_path):
     (tmp_path / "notebooks").mkdir()
     assert "No trained run has been evaluated yet." in write_report(tmp_path).read_text()
+
+
+def test_links_between_notebooks_become_links_between_pages():
+    body = markdown("First [01_data](01_data.ipynb), then [02](02_method.ipynb) and [a file](x.csv).")
+    page = linked(body, ["", "01_data.html", ""])
+    assert '<a href="01_data.html">01_data</a>' in page
+    assert "then 02 and" in page and ".ipynb" not in page and 'href="x.csv"' in page
+
+
+def test_source_that_is_shown_brings_no_colours_of_its_own(notebook):
+    """IPython's would colour every output of the page, for a light background alone."""
+    notebook.cells.append(shown("source", {"text/html": lesson.source(lesson.reveal).data}))
+    assert ".output_html" in notebook.cells[-1].outputs[0].data["text/html"]
+    page = visible(notebook_page(notebook, "A page"))
+    assert ".output_html" not in page and 'class="highlight"' in page and ".ssepa-untrusted" in page
+
+
+def test_the_index_shows_the_figures_that_carry_the_argument(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    for name in ("00_curtains", "01_samples", "04_baselines", "04_cams"):
+        axes = plt.figure(figsize=(1, 1)).add_subplot(title=f"title of {name}")
+        save_figure(axes.figure, tmp_path / "figures" / f"{name}.png")
+    index = write_report(tmp_path).read_text()
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", index)
+    assert captions[0].startswith("Maps of some") and captions[2] == "title of 00_curtains"
+    assert len(captions) == 3 and captions[1].startswith("What every form")

@@ -136,6 +136,20 @@ def test_your_own_images_are_found_by_their_variable(folder, tmp_path, monkeypat
     assert (tmp_path / "results" / "root").read_text() == str(tmp_path / "mine")
 
 
+def test_a_folder_of_yours_may_be_named_as_a_parameter(folder, tmp_path, monkeypatch):
+    """Relative to where the command is given; the notebook that reads it checks it, not the runner."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FOLDER_ROOT", raising=False)
+    cell = "import os, pathlib\npathlib.Path(os.environ['SSEPA_RESULTS'], 'root').write_text(folder)"
+    write(folder, "00_a", cell, parameters='preset = "shapes"\nfolder = ""')
+    (tmp_path / "my images").mkdir()
+    options = {"notebooks": folder, "results": tmp_path / "results"}
+    assert run_workbook("folder", parameters={"folder": "my images"}, **options) == 0
+    assert (tmp_path / "results" / "root").read_text() == str(tmp_path / "my images")
+    with pytest.raises(UserError, match="lost does not exist"):
+        run_workbook("folder", parameters={"folder": "lost"}, **options)
+
+
 def test_run(folder, tmp_path, capfd):
     """Overrides arrive; a failure keeps its copy and stops only what depends on it; exit status 1."""
     record = "import os, pathlib\n"

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import socket
 import urllib.request
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssepa_lib.data.datasets import FileDataset
 from ssepa_lib.data.download import _StayEncrypted
 from ssepa_lib.data.voc import SBD, VOC
 from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation import export_pseudo_labels
 from ssepa_lib.files import require_place, write_csv
 from ssepa_lib.paths import PROJECT, plain_name
 from ssepa_lib.readers import parse_json, parse_yaml, read_lines, read_table
-from ssepa_lib.workbook.notebooks import forget_places
+from ssepa_lib.training.history import history_rows, read_history
+from ssepa_lib.workbook.notebooks import discover, forget_places
 from ssepa_lib.workbook.report import headline, write_report
 from ssepa_lib.workbook.report_page import markdown, without_html
 
@@ -107,9 +111,11 @@ def test_a_notebook_parameter_is_a_literal(text):
     assert found == values
 
 
-def test_an_executed_notebook_forgets_the_machine(tmp_path):
+def test_an_executed_notebook_forgets_the_machine(tmp_path, monkeypatch):
     results = tmp_path / "results"
+    monkeypatch.setenv("VOC_ROOT", str(tmp_path / "voc"))
     said = [f"{results}/shapes/x", f"{PROJECT}/ssepa_lib/a.py", f"{Path.home()}/.cache", "results stay"]
+    said += [f"{tmp_path}/voc/JPEGImages", f"held by 7 on {socket.gethostname()} since noon"]
     copy = tmp_path / "00.ipynb"
     papermill = {"input_path": str(PROJECT), "output_path": str(copy), "parameters": {"seed": 1}}
     cells = [{"cell_type": "code", "outputs": [{"text": said}], "source": "x"}]
@@ -121,11 +127,65 @@ def test_an_executed_notebook_forgets_the_machine(tmp_path):
         "./ssepa_lib/a.py",
         "~/.cache",
         "results stay",
+        "VOC_ROOT/JPEGImages",
+        "held by 7 on <host> since noon",
     ]
     assert content["metadata"]["papermill"] == {"parameters": {"seed": 1}}
     copy.write_text("{")
     forget_places(copy, results)
     assert copy.read_text() == "{"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\0",
+        "step,lr\n1,2\n",
+        "step,lr,seconds\n1,2\n",
+        "step,lr,seconds\nmany,1,1\n",
+        "step,lr,seconds\n-1,1,1\n",
+        "step,lr,seconds,loss\n1,1,,2\n",
+        "step,lr,seconds,loss\n1,1,1,high\n",
+        "step,lr,seconds,seconds\n1,1,1,1\n",
+    ],
+)
+def test_a_broken_history_is_named(tmp_path, text):
+    path = tmp_path / "history.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"history\.csv"):
+        history_rows(path)
+    assert read_history(path, 5)["rows"] == []
+    path.write_text("step,lr,seconds,loss,ctc\n1,0.1,2,nan,\n")
+    assert history_rows(path) == [{"step": "1", "lr": "0.1", "seconds": "2", "loss": "nan", "ctc": ""}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "5",
+        "\0",
+        "[" * 100_000,
+        '{"cells": 5, "nbformat": 4, "metadata": {}}',
+        "= =",
+        "a = b",
+    ],
+)
+def test_a_broken_notebook_is_named(tmp_path, content):
+    """A file that is no notebook, or one whose parameters cell is not Python or no literal."""
+    path = tmp_path / "00_mine.ipynb"
+    if content in ("= =", "a = b"):
+        cell = {"cell_type": "code", "source": content, "metadata": {"tags": ["parameters"]}, "outputs": []}
+        cells = [cell | {"execution_count": None, "id": "a"}]
+        content = json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"00_mine\.ipynb") as error:
+        discover(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +205,12 @@ def test_places_for_results_are_checked_beforehand(tmp_path):
     require_place(tmp_path / "new" / "folder")
     require_place(tmp_path / "file", folder=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_an_export_does_not_replace_the_masks_of_its_dataset(tmp_path):
+    dataset = FileDataset("train", ["moth"], [tmp_path / "a.jpg"], [tmp_path / "masks" / "a.png"])
+    with pytest.raises(UserError, match="holds the masks"):
+        export_pseudo_labels(None, None, dataset, tmp_path / "masks", device="cpu")
 
 
 def test_readers_say_what_is_wrong(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.methods.toco import local_views, region_map
+from ssepa_lib.methods import toco
+from ssepa_lib.methods.toco import ClassTokenContrast, local_views, region_map
 
 
 def coordinates(batch, side):
@@ -62,3 +63,34 @@ def test_crops_depend_on_the_generator_only():
 def test_a_crop_larger_than_the_image_is_an_error():
     with pytest.raises(UserError, match="local_size"):
         local_views(coordinates(1, 32), torch.zeros(1, 32, 32, dtype=torch.long), 8, 33, 0.2, generator())
+
+
+def test_two_global_views_teach_all_views(tiny, step_of, monkeypatch):
+    """The first is the training crop; the student projects every view, the teacher the global ones."""
+    trainer, make = step_of(tiny("toco"))
+    (part,) = [part for part in trainer.objectives if isinstance(part, ClassTokenContrast)]
+    seen = []
+    monkeypatch.setattr(toco, "class_token_contrast", lambda *given: seen.append(given) or given[0].sum())
+    step = make()
+    part(step)
+    ((student, target, positive, temperature),) = seen
+    assert student.shape[:2] == (2, 2 + 3) and target.shape[:2] == (2, 2) and positive.shape == (2, 5)
+    assert positive.dtype == torch.bool and positive[:, :2].all() and temperature == 0.5
+    crop = step.output.cls
+    torch.testing.assert_close(student[:, 0], part.student(crop))
+    torch.testing.assert_close(target[:, 0], part.teacher(crop))
+    second = step.network(step.batch.global2, segment=False).cls
+    torch.testing.assert_close(target[:, 1], part.teacher(second))
+    assert student.requires_grad and not target.requires_grad
+
+
+def test_the_teacher_of_the_contrast_follows_the_student(tiny, trainer_for):
+    trainer, _ = trainer_for(tiny("toco", **{"contrast.momentum": 0.75}))
+    (part,) = [part for part in trainer.objectives if isinstance(part, ClassTokenContrast)]
+    before = [p.clone() for p in part.teacher.module.parameters()]
+    with torch.no_grad():
+        for p in part.student.parameters():
+            p.add_(4)
+    part.after_step(trainer.network, 0.5)
+    for old, new in zip(before, part.teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 1)  # 0.75 · old + 0.25 · (old + 4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ssepa_lib.benchmarks.backbone_suites import backbones, write_growth
 from ssepa_lib.benchmarks.measure import MB, Row
 from ssepa_lib.benchmarks.part_suites import crf, energy, loader, masks, par
 from ssepa_lib.benchmarks.setup import Setup, machine, open_setup
@@ -19,7 +20,7 @@ from ssepa_lib.paths import results_root
 from ssepa_lib.workbook.progress import counter
 
 SUITES: dict[str, Callable[[Setup], Iterator[Row]]] = {
-    suite.__name__: suite for suite in (affinity, step, par, masks, energy, loader, crf, scaling)
+    suite.__name__: suite for suite in (affinity, step, par, masks, energy, loader, crf, scaling, backbones)
 }
 
 
@@ -64,7 +65,7 @@ def write_report(out: Path, name: str, report: dict, rows: list[Row]) -> None:
 def run_suites(
     suites: list[str], out: Path | None, *, quick: bool = False, full: bool = False, device: str = "auto"
 ) -> int:
-    """Measure, print one table per suite, and write `bench.json` and `bench.md`.
+    """Measure, print one table per suite, and write `bench.json` and `bench.md`; `backbones` adds a figure.
 
     Args:
         suites: names out of `SUITES`; empty: all.
@@ -96,6 +97,8 @@ def run_suites(
         progress(done, len(chosen))
         found = list(rows_of(name, setup))
         rows += found
+        if name == "backbones":
+            write_growth(found, out)
         absent = f"{name}: needs pydensecrf2, which is not installed.\n"
         print(to_markdown(found) if found else absent, flush=True)
         write_report(out, "bench", report | {"rows": [asdict(row) for row in rows]}, rows)

@@ -1,4 +1,4 @@
-"""Pre-training of the built-in micro ViT: what ImageNet weights are to VOC, these are to the built-in data.
+"""Pre-training of the micro backbones: what ImageNet weights are to VOC, they are to the built-in data.
 
 Two tasks on images of single creatures, without any mask. Naming: images are set into mosaics, and the best
 patch of each tile must name its class and deny the others, so that a class stays where it is seen instead
@@ -20,8 +20,10 @@ from ssepa_lib.compose import load_recipe
 from ssepa_lib.data.shapes import SHAPE_CLASSES, render_object
 from ssepa_lib.device import autocast, resolve_device
 from ssepa_lib.files import write_atomically
-from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.backbone import Backbone, build_backbone
+from ssepa_lib.model.encoder import Encoder
 from ssepa_lib.randomness import seeded
+from ssepa_lib.recipe import ModelConfig
 from ssepa_lib.training.checkpoint import write_weights
 
 _CELLS = 2  # colours are painted per half patch side: mean colours, not pixel noise
@@ -86,7 +88,7 @@ def _colours(images: Tensor, patch: int) -> Tensor:
 class _Tasks(nn.Module):
     """The backbone with a head per task; one forward pass for the whole batch."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Encoder):
         super().__init__()
         self.backbone = backbone
         self.name = nn.Linear(backbone.width, len(SHAPE_CLASSES))
@@ -165,9 +167,20 @@ def _train(
             on_step(_report(step, steps, began, loss, losses))
 
 
+def _scratch(config: ModelConfig) -> Encoder:
+    """The backbone before its first step, in training mode."""
+    encoder = build_backbone(config)
+    if isinstance(encoder, Backbone):
+        _initialise(encoder.vit)
+    else:
+        encoder.train_statistics = True
+    return encoder.train()
+
+
 def pretrain(
     out: Path,
     *,
+    backbone: str = "",
     steps: int = 1800,
     batch: int = 32,
     images: int = 6000,
@@ -180,6 +193,7 @@ def pretrain(
 
     Args:
         out: the `.safetensors` file; its metadata hold the command that made it.
+        backbone: a backbone of the recipes, swin_micro or efficientformer_micro; empty: the micro ViT.
         steps: updates (AdamW, 60 of warm-up, then a cosine to 0).
         batch: images per step; five eighths are named, the others painted.
         images: how many single creatures are drawn.
@@ -187,14 +201,14 @@ def pretrain(
         on_step: called every 50 steps with {step, steps, loss, naming, painting, seconds_left}.
     """
     place, out = resolve_device(device), Path(out)
-    recipe = load_recipe("shapes/toco", {"model.weights": "none", "model.train_pos_embed": True})
-    side = recipe.model.backbone_args["img_size"]
+    name = "/".join(["shapes/toco", *([backbone] if backbone else [])])
+    recipe = load_recipe(name, {"model.weights": "none", "model.train_pos_embed": True})
+    side = recipe.data.crop
     drawn, labels = _draw(images, side * 7 // 6, seed)
     with seeded("network", seed):
-        backbone = Backbone(recipe.model).train()
-        _initialise(backbone.vit)
+        encoder = _scratch(recipe.model)
         _train(
-            _Tasks(backbone).to(place),
+            _Tasks(encoder).to(place),
             drawn,
             labels,
             side=side,
@@ -205,8 +219,9 @@ def pretrain(
             precision=recipe.train.precision,
             on_step=on_step,
         )
-    made = f"python -m ssepa_lib pretrain --out {out.name} --steps {steps} --seed {seed}"
-    values = backbone.vit.state_dict().items()
+    chosen = f" --backbone {backbone}" if backbone else ""
+    made = f"python -m ssepa_lib pretrain --out {out.name}{chosen} --steps {steps} --seed {seed}"
+    values = encoder.vit.state_dict().items()
     state = {name: value.detach().cpu().half().contiguous() for name, value in values}
     metadata = {"made by": made, "timm": timm.__version__}
     write_atomically(out, lambda part: write_weights(part, state, metadata))

@@ -3,6 +3,7 @@
 A recipe's section `data` names a dataset; `build_dataset` opens it. Each item is an image, its image-level
 label and, where there is one, its mask. `train_loader` turns images and labels into batches of the random
 views that the losses need; `eval_batches` gives images in order, with the masks that only measuring may see.
+`survey` looks at a folder of somebody's own images, `adopt` makes a dataset of what is usable.
 A dataset is one file in this folder: every module here is imported, and every class that has a `name` can be
 chosen by `data.name`.
 """
@@ -14,6 +15,7 @@ from ssepa_lib.data.datasets import (
     DATASETS,
     Item,
     SegmentationDataset,
+    Subset,
     build_dataset,
     measured_split,
     preparable,
@@ -35,6 +37,7 @@ __all__ = [
     "Batch",
     "Item",
     "SegmentationDataset",
+    "Subset",
     "build_dataset",
     "eval_batches",
     "measured_split",

@@ -5,7 +5,7 @@ also knows where its files lie and how to get and check them. Naming the class r
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
@@ -138,6 +138,11 @@ class SegmentationDataset(Dataset):
         return None
 
     @property
+    def masked(self) -> int:
+        """How many images have a mask: all or none, unless a dataset knows better."""
+        return len(self) if len(self) and self.mask(0) is not None else 0
+
+    @property
     def palette(self) -> list[tuple[int, int, int]]:
         """RGB colour of each of the 256 ids."""
         return voc_palette()
@@ -169,6 +174,10 @@ class FileDataset(SegmentationDataset):
         self.masks = masks
         self._labels: dict[int, Tensor] = {}
 
+    @property
+    def masked(self) -> int:
+        return sum(mask is not None for mask in self.masks[: len(self)])
+
     def image(self, i: int) -> Image.Image:
         return read_image(self.images[i], self.upright)
 
@@ -191,6 +200,30 @@ class FileDataset(SegmentationDataset):
     def read_label(self, i: int) -> Tensor:
         """The label of image i from its file, float [C]."""
         raise NotImplementedError
+
+
+class Subset(SegmentationDataset):
+    """Some images of another dataset, in the order of `indices`."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
+        super().__init__(dataset.split, dataset.classes, [dataset.ids[i] for i in indices])
+        self.name, self.dataset, self.indices = dataset.name, dataset, list(indices)
+
+    @property
+    def masked(self) -> int:
+        return sum(self.mask(i) is not None for i in range(len(self)))
+
+    def image(self, i: int) -> Image.Image:
+        return self.dataset.image(self.indices[i])
+
+    def mask(self, i: int) -> Tensor | None:
+        return self.dataset.mask(self.indices[i])
+
+    def label(self, i: int) -> Tensor:
+        return self.dataset.label(self.indices[i])
+
+    def parts(self, i: int) -> Tensor | None:
+        return self.dataset.parts(self.indices[i])
 
 
 def stems(folder: Path, suffix: str) -> set[str]:

@@ -63,7 +63,8 @@ class FolderDataset(TableDataset):
 
     `labels.csv` has the columns image (file name), classes (separated by `;`, `background` for none) and
     optionally split; without that column every split is the whole folder. `classes.txt` has one class per
-    line, in the order of the mask ids; without it, the classes are those of the table in alphabetical order.
+    line, without `;` and `$`, in the order of the mask ids; without it, the classes are those of the table in
+    alphabetical order.
     Masks are needed only where something is measured. Images are turned upright by their EXIF tag.
 
     Raises:

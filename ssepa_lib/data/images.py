@@ -4,6 +4,7 @@ Masks hold class ids: 0 background, 1..C the classes of a dataset in order, 255 
 """
 
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,19 @@ from ssepa_lib.files import write_atomically
 
 IGNORE = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    struct.error,
+    zlib.error,
+) + (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 """What Pillow raises at a file that is missing, damaged, not an image, or far too large."""
 
 
@@ -27,15 +40,29 @@ def voc_palette() -> list[tuple[int, int, int]]:
     ]
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: transparent pixels lie on white, more than 8 bits are stretched from the
+    image's own range to 0..255, and of an animation the first frame is taken."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        values = (values - values.min()) / max(values.max() - values.min(), 1e-12)
+        return Image.fromarray((255 * values).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return white.convert("RGB")
+    return image.convert("RGB")
+
+
 def read_image(path: Path, upright: bool = False) -> Image.Image:
-    """An image of any mode as RGB; `upright` turns it as its EXIF tag says.
+    """An image of any mode as RGB (see `as_rgb`); `upright` turns it as its EXIF tag says.
 
     Raises:
         UserError: the file is missing, truncated or not an image.
     """
     try:
         with Image.open(path) as file:
-            return (ImageOps.exif_transpose(file) if upright else file).convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(file) if upright else file)
     except UNREADABLE as error:
         raise UserError(
             f"{path}: unreadable image ({error}); replace the file or take it out of the list."

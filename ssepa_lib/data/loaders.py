@@ -1,6 +1,9 @@
 """Batches of a dataset: shuffled views for training, images in order for evaluation."""
 
+import os
+import threading
 from collections.abc import Iterator
+from multiprocessing import parent_process
 
 import torch
 from PIL import Image
@@ -16,14 +19,25 @@ from ssepa_lib.recipe import Recipe
 HANGS_AFTER = 900.0  # seconds without a batch after which loader processes count as hanging
 
 
+def _end_with_parent(_: int) -> None:
+    """Let a loader process end as soon as its parent has, if only by a kill.
+
+    torch's own check fails while a batch waits to be handed over: it then waits for ever.
+    """
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _Loader(DataLoader):
     """A DataLoader that leaves the global random state alone, and whose workers fail in one sentence."""
 
     def __init__(self, dataset: Dataset, num_workers: int, **settings) -> None:
-        timeout = HANGS_AFTER if num_workers else 0
-        super().__init__(
-            dataset, num_workers=num_workers, timeout=timeout, generator=torch.Generator(), **settings
-        )
+        settings |= {"timeout": HANGS_AFTER if num_workers else 0, "worker_init_fn": _end_with_parent}
+        super().__init__(dataset, num_workers=num_workers, generator=torch.Generator(), **settings)
 
     def __iter__(self) -> Iterator:
         try:

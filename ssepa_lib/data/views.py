@@ -141,6 +141,13 @@ class TrainViews(Dataset):
             self._order = epoch, order
         return int(self._order[1][place])
 
+    def _draw(self, position: int) -> int:
+        """Number of the random view at a position: its own, or one that returns (`data.fixed_views`)."""
+        if self.data.fixed_views == 0:
+            return position
+        epoch, size = position // len(self.dataset), len(self.dataset)
+        return self.index(position) + size * (epoch % self.data.fixed_views)
+
     def __getitem__(self, position: int) -> Views:
         if not 0 <= position < self.positions:
             raise IndexError(position)
@@ -148,7 +155,7 @@ class TrainViews(Dataset):
         image, label = self.dataset.image(i), self.dataset.label(i)
         # torchvision draws from the global generator only. The GPU's is left alone, because a training
         # process that loads its own data would otherwise reseed it.
-        with seeded("views", self.seed, position):
+        with seeded("views", self.seed, self._draw(position)):
             return self._views(self.dataset.ids[i], image, label)
 
     def _views(self, name: str, image: Image.Image, label: Tensor) -> Views:

@@ -3,7 +3,8 @@
 In come a trained network, its recipe and a dataset. `infer` walks over the images once and says what the
 network makes of each; out come results (`evaluate`, `evaluate_run`: mIoU, precision, recall and boundary
 IoU of every output with the setting they belong to) and files (`predict_folder`, `export_pseudo_labels`,
-`export_submission`). `attention` and `memory` measure what happens inside the network.
+`export_submission`). `attention` and `memory` measure what happens inside the network, `blind` judges maps
+without masks, and `bootstrap` says how far an mIoU from a few masks can be trusted.
 """
 
 from ssepa_lib.evaluation.evaluate import evaluate, evaluate_run, refined_mious

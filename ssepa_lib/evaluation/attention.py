@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.model.affinity import Attention
+from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.model.network import Network, evaluating
 
 if TYPE_CHECKING:
@@ -89,15 +90,14 @@ def attention_statistics(
             distances = patch_distances(attention.grid, network.backbone.patch_size).to(device)
             maps = [layer_maps(attention, layer) for layer in range(attention.depth)]
             sums = [
-                sum(map_statistics(m, distances, attention.num_prefix_tokens) for m in layer)
+                sum(map_statistics(m, distances, attention.num_prefix_tokens) for m in layer).double().cpu()
                 for layer in maps
-            ]
-            sums = torch.stack(sums).double().cpu()  # [K, H, 3]
-            total = sums if total is None else total + sums
+            ]  # K times [H, 3]
+            total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
             images += len(batch)
     if total is None:
         raise UserError("attention statistics need at least one image; the dataset is empty.")
-    mean = (total / images).tolist()
+    mean = [(layer / images).tolist() for layer in total]
     rows = [
         (layer, head, *values, images)
         for layer, heads in enumerate(mean)
@@ -229,7 +229,13 @@ def token_similarity(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def layer_tokens(network: Network, image: Tensor) -> Tensor:
-    """Patch tokens after every block, before the final norm: [B, 3, H, W] in 0..255 → [K, B, N, D]."""
+    """Patch tokens after every block, before the final norm: [B, 3, H, W] in 0..255 → [K, B, N, D].
+
+    Raises:
+        UserError: the backbone has stages, whose tokens differ in number and width.
+    """
+    if not isinstance(network.backbone, Backbone):
+        raise UserError("tokens can be compared between the layers of a plain ViT only; choose one.")
     found: list[Tensor] = []
     first = network.backbone.num_prefix_tokens
     hooks = [

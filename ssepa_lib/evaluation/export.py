@@ -157,6 +157,7 @@ def export_pseudo_labels(
     *,
     device: torch.device | str,
     test_time: str = "ms",
+    overlays: bool = False,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -168,13 +169,14 @@ def export_pseudo_labels(
     Args:
         test_time: `single` (scale 1, no flip), `ms` (`cam.scales`, `cam.flip`), both with pixel-adaptive
             refinement, or `ms_crf` (as `ms`, with the dense CRF instead).
+        overlays: also write `<id>_overlay.jpg`, to look at.
         processes, progress: see `evaluate`.
 
     Raises:
         UserError: an unknown test-time mode; an image without labels.
     """
     out = Path(out)
-    for path in filter(None, getattr(dataset, "masks", ())):
+    for path in filter(None, dataset.masks if isinstance(dataset, FileDataset) else ()):
         if path.parent.resolve() == out.resolve():
             raise UserError(
                 f"{out} holds the masks of {dataset.name}; choose another folder, so that they stay."
@@ -184,8 +186,11 @@ def export_pseudo_labels(
     checked = (_require_label(prediction, dataset) for prediction in predictions)
     with FolderLock(out), closing(label_maps(checked, "pseudo_label", test_time, processes)) as labelled:
         _clean(out)
-        for id, _, ids in labelled:
+        for id, image, ids in labelled:
             save_image(palette_image(ids, dataset.palette), out / f"{id}.png")
+            if overlays:
+                drawn = overlay_image(image, ids, dataset.classes, dataset.palette)
+                save_image(drawn, out / f"{id}_overlay.jpg")
     return out
 
 

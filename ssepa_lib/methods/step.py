@@ -23,7 +23,8 @@ flip:
 The decoder runs on the training crop alone, from `losses.segmentation_start` on; AFA makes no maps before.
 The patch affinity adds no forward pass: it reads the attention of the passes above. With
 `cam.teacher_momentum` the CAM passes, then with the image itself, go to the averaged network. The image
-itself and its flip share one call.
+itself and its flip share one call. With `model.freeze` no pass has a gradient, and one on a view that has
+been seen before is read from memory.
 """
 
 from collections.abc import Set
@@ -91,7 +92,9 @@ def take_step(
     image, label = batch.image, batch.label
     segmenting = index >= recipe.segmentation_step
     refiner = build_refiner(recipe.affinity, network) if index >= recipe.affinity_step else None
-    output = network(image, segment=segmenting, capture=refiner is not None or "attention" in needs)
+    kept = network.backbone.cache is not None and recipe.affinity.kind != "none"  # needed in a later epoch
+    capture = refiner is not None or "attention" in needs or kept
+    output = network(image, segment=segmenting, capture=capture)
     crops = generator("crops", recipe.train.seed, index)
     step = TrainStep(network, recipe, batch, index, segmenting, crops, labeler, refiner, output)
     if needs - {"attention"}:

@@ -100,15 +100,19 @@ class Segmentation(Objective):
 
     def __init__(self, recipe: Recipe):
         weights = {"seg": recipe.losses.seg, "reg": recipe.losses.reg}
-        super().__init__(weights, start=recipe.segmentation_step, needs=("pseudo_label",))
+        used = {
+            name: weight for name, weight in weights.items() if weight > 0
+        }  # L_reg takes most of the time
+        super().__init__(used, start=recipe.segmentation_step, needs=("pseudo_label",))
 
     def forward(self, step: TrainStep) -> dict[str, Tensor]:
         logits, label = step.output.segmentation.float(), step.pseudo_label
         full = F.interpolate(logits, label.shape[-2:], mode="bilinear", align_corners=False)  # [B, C+1, S, S]
-        reg = dense_energy(
-            step.batch.image, full, label, step.batch.box
-        )  # first: its filter is the peak of memory
-        return {"seg": segmentation_loss(full, label), "reg": reg}
+        reg = {}
+        if "reg" in self.weights:  # first: its filter is the peak of memory
+            reg["reg"] = dense_energy(step.batch.image, full, label, step.batch.box)
+        seg = {"seg": segmentation_loss(full, label)} if "seg" in self.weights else {}
+        return seg | reg
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ The N×N affinity is a linear operator on class activation maps. It is almost ne
 ordinary attention with the map as its values, which fused attention computes in O(N) memory.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from ssepa_lib.errors import UserError, require_index
 
 @dataclass
 class Attention:
-    """Queries and keys of all layers, as they enter the attention. P prefix tokens, N = h·w patches."""
+    """Queries and keys of all layers, as they enter the attention. P prefix tokens, N = h·w patches.
+
+    Here every token attends to every other; `WindowedAttention` is that of hierarchical backbones.
+    """
 
     queries: list[Tensor]  # per layer [B, H, P+N, d]
     keys: list[Tensor]
@@ -30,8 +33,12 @@ class Attention:
 
     @property
     def heads(self) -> int:
-        """Number of heads H of a layer."""
-        return self.queries[0].shape[1]
+        """Number of heads H of a layer, the first one where layers differ."""
+        return self.heads_in(0)
+
+    def heads_in(self, layer: int) -> int:
+        """Number of heads of one layer."""
+        return self.queries[layer].shape[1]
 
     @property
     def patches(self) -> int:
@@ -40,9 +47,47 @@ class Attention:
 
     def __getitem__(self, images: slice) -> "Attention":
         """The attention of some images of the batch."""
-        queries = [layer[images] for layer in self.queries]
-        keys = [layer[images] for layer in self.keys]
-        return Attention(queries, keys, self.num_prefix_tokens, self.grid)
+        return self.map(lambda tensor: tensor[images])
+
+    def map(self, function: Callable[..., Tensor], *others: "Attention") -> "Attention":
+        """Apply a function to the same tensor of this attention and of others, one after the other."""
+        queries, keys = (
+            [function(*layers) for layers in zip(*(getattr(a, side) for a in (self, *others)), strict=True)]
+            for side in ("queries", "keys")
+        )
+        return replace(self, queries=queries, keys=keys)
+
+    def sharing(self, known: dict[Hashable, Tensor]) -> "Attention":
+        """The same attention, with what does not depend on the image taken from, or put into, `known`."""
+        return self
+
+    def times(self, layer: int, values: Tensor, *, probabilities: bool = True) -> Tensor:
+        """Head mean of one layer's attention times values on all tokens, without the map: [B, P+N, V] → the
+        same."""
+        apply = self._attend if probabilities else self._project
+        return apply(self.queries[layer], self.keys[layer], values)
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, values: Tensor) -> Tensor:
+        """Fused attention with values in pieces as wide as the keys, which fused kernels want."""
+        heads, d = q.shape[1], q.shape[-1]
+        mixed = []
+        for piece in values.to(q.dtype).split(d, -1):
+            wide = F.pad(piece, (0, d - piece.shape[-1])).unsqueeze(1).expand(-1, heads, -1, -1)
+            mixed.append(F.scaled_dot_product_attention(q, k, wide)[..., : piece.shape[-1]])
+        return torch.cat([m.float().mean(1) for m in mixed], -1)
+
+    @staticmethod
+    def _project(q: Tensor, k: Tensor, values: Tensor) -> Tensor:
+        """Two thin products instead of the logits."""
+        q, k = q.float(), k.float()
+        with torch.autocast(q.device.type, enabled=False):  # sums that cancel do not survive bfloat16
+            mixed = q @ (k.transpose(-2, -1) @ values.float().unsqueeze(1))  # [B, H, P+N, V]
+            return mixed.mean(1) * q.shape[-1] ** -0.5
+
+    def mean_map(self, layer: int, *, probabilities: bool = True) -> Tensor:
+        """Head mean of one layer, [B, P+N, P+N], float32."""
+        return self.layer_map(layer, probabilities=probabilities).mean(1)
 
     def layer_map(self, layer: int, rows: slice = slice(None), *, probabilities: bool = True) -> Tensor:
         """All heads of one layer, [B, H, rows, P+N], float32: softmax(QKᵀ/√d), or QKᵀ/√d itself."""
@@ -172,31 +217,9 @@ class PatchAffinity:
         maps = maps[..., self.pooled_from :, self.pooled_from :]
         return maps.amax((-2, -1)) if self.pooling == "max" else maps.mean((-2, -1))
 
-    def _columns(self, values: Tensor) -> list[tuple[Tensor, int]]:
-        """Values [B, P+N, V] in pieces as wide as the keys, which fused kernels want.
-
-        Returns:
-            Per piece: values [B, H, P+N, d], filled up with zeros, and how many of the d columns count.
-        """
-        queries = self.attention.queries[0]
-        heads, d = queries.shape[1], queries.shape[-1]
-        pieces = [
-            (F.pad(c, (0, d - c.shape[-1])), c.shape[-1]) for c in values.to(queries.dtype).split(d, -1)
-        ]
-        return [(c.unsqueeze(1).expand(-1, heads, -1, -1), width) for c, width in pieces]
-
-    def _attend(self, layer: int, columns: list[tuple[Tensor, int]]) -> Tensor:
-        """Head mean of one layer's attention applied to `_columns(values)`, [B, P+N, V], without the map."""
-        q, k = self.attention.queries[layer], self.attention.keys[layer]
-        mixed = [F.scaled_dot_product_attention(q, k, c)[..., :width] for c, width in columns]
-        return torch.cat([m.float().mean(1) for m in mixed], -1)
-
-    def _project(self, layer: int, values: Tensor) -> Tensor:
-        """Head mean of one layer's logits applied to values on all tokens, [B, P+N, V] → [B, P+N, V]."""
-        q, k = self.attention.queries[layer].float(), self.attention.keys[layer].float()
-        with torch.autocast(q.device.type, enabled=False):  # sums that cancel do not survive bfloat16
-            mixed = q @ (k.transpose(-2, -1) @ values.float().unsqueeze(1))  # [B, H, P+N, V]
-            return mixed.mean(1) * q.shape[-1] ** -0.5
+    def _mean_map(self, layer: int) -> Tensor:
+        """Head mean of one layer with prefix tokens, [B, P+N, P+N]."""
+        return self.attention.mean_map(layer, probabilities=self.probabilities)
 
     def propagate(self, cam: Tensor) -> tuple[Tensor, Tensor]:
         """Per-layer products [B, K, N, C] of a map [B, N, C] and, from one more column, the descriptor."""
@@ -205,17 +228,13 @@ class PatchAffinity:
         if self.pooled_from == 0:
             skip[..., -1] = 1
         values = torch.cat([skip, values], 1)  # [B, P+N, C+1]
-        if self.probabilities:
-            apply, prepared = self._attend, self._columns(values)
-        else:
-            apply, prepared = self._project, values
         pooled = values.shape[1] - self.pooled_from
         products, descriptor = [], []
         for layer in range(len(self)):
-            out = apply(layer, prepared)  # [B, P+N, C+1]
+            out = self.attention.times(layer, values, probabilities=self.probabilities)  # [B, P+N, C+1]
             products.append(out[:, self.first :, :-1])
             if self.pooling == "max":  # a maximum needs the map: one layer exists at a time
-                descriptor.append(self._pool(self.layer_map(layer).mean(1)))
+                descriptor.append(self._pool(self._mean_map(layer)))
             else:
                 descriptor.append(out[:, self.pooled_from :, -1].mean(1) / pooled)
         return torch.stack(products, 1), torch.stack(descriptor, 1)
@@ -223,9 +242,14 @@ class PatchAffinity:
     def _stack(self) -> Tensor:
         """Head-mean maps of all layers, [B, K, P+N, P+N]."""
         stack = None
+        heads = {self.attention.heads_in(layer) for layer in range(len(self))}
+        if self.strategy == "stack_heads" and len(heads) > 1:
+            raise UserError(
+                f"the layers of this backbone have {sorted(heads)} heads, which cannot be stacked; set "
+                "affinity.strategy to matrix_free or stack_layers."
+            )
         for layer in range(len(self)):
-            maps = self.layer_map(layer)  # [B, H, P+N, P+N]
-            maps = maps if self.strategy == "stack_heads" else maps.mean(1)
+            maps = self.layer_map(layer) if self.strategy == "stack_heads" else self._mean_map(layer)
             if stack is None:  # filled in place: the stack exists once
                 stack = maps.new_empty(len(maps), len(self), *maps.shape[1:])
             stack[:, layer] = maps
@@ -294,9 +318,7 @@ class PatchAffinity:
         p = self.first
         if self.strategy == "matrix_free":  # one layer at a time: for viewing, within O(N²)
             weights = self.weights
-            maps = (
-                weights[:, k, None, None] * self.layer_map(k).mean(1)[:, p:, p:] for k in range(len(self))
-            )
+            maps = (weights[:, k, None, None] * self._mean_map(k)[:, p:, p:] for k in range(len(self)))
             return sum(maps) / len(self)
         maps = self._stack()
         weights = self._resolve(self._pool(maps))
@@ -317,12 +339,13 @@ class PatchAffinity:
         Raises:
             UserError: an index out of range, or a head without a layer.
         """
-        sizes = {"patch": self.attention.patches, "layer": len(self), "head": self.attention.heads}
-        for name, value in {"patch": patch, "layer": layer, "head": head}.items():
-            if value is not None:
-                require_index(name, value, sizes[name])
-        if head is not None and layer is None:
-            raise UserError(f"head {head} belongs to a layer; name the layer as well.")
+        require_index("patch", patch, self.attention.patches)
+        if layer is not None:
+            require_index("layer", layer, len(self))
+        if head is not None:
+            if layer is None:
+                raise UserError(f"head {head} belongs to a layer; name the layer as well.")
+            require_index("head", head, self.attention.heads_in(layer))
         at = slice(self.first + patch, self.first + patch + 1)
         if layer is not None:
             heads = self.layer_map(layer, at)[:, :, 0, self.first :]  # [B, H, N]

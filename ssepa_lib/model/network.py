@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.model.affinity import HAAF, Attention
-from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.backbone import Backbone, build_backbone
 from ssepa_lib.model.heads import ClassAggregator, LargeFOV, pool_class
 from ssepa_lib.model.learned_affinity import AffinityHead
 from ssepa_lib.randomness import seeded
@@ -28,7 +28,7 @@ class NetworkOutput:
     cam: Tensor  # [B, C, h, w] main classifier on every token, before ReLU, no gradient
     aux_cam: Tensor  # [B, C, h, w]
     patches: Tensor  # [B, N, D] final tokens
-    aux: Tensor  # [B, N, D] tokens of the auxiliary block
+    aux: Tensor  # [B, N, A] tokens of the auxiliary block
     cls: Tensor  # [B, D] class token, or the aggregator's
     grid: tuple[int, int]  # h, w
     segmentation: Tensor | None  # [B, C+1, h, w] logits; None when not asked for
@@ -49,11 +49,14 @@ class Network(nn.Module):
         self.aggregation = recipe.model.aggregator
         affinity, learned = recipe.affinity, recipe.affinity.kind == "learned"
         attached = affinity.blocks if learned else 0
-        self.backbone = Backbone(recipe.model, checkpointing=recipe.train.checkpointing, attached=attached)
+        checkpointing = recipe.train.checkpointing
+        self.backbone = build_backbone(recipe.model, checkpointing=checkpointing, attached=attached)
         self.backbone.mask_token.requires_grad_(recipe.self_reinforced)
+        if recipe.model.freeze:
+            self.backbone.freeze()
         width, number = self.backbone.width, len(self.classes)
         self.classifier = nn.Linear(width, number, bias=False)
-        self.aux_classifier = nn.Linear(width, number, bias=False)
+        self.aux_classifier = nn.Linear(self.backbone.aux_width, number, bias=False)
         self.decoder = LargeFOV(width, number)
         self.aggregator = ClassAggregator(width, self.backbone.heads) if self.aggregation == "mca" else None
         layers = self.backbone.depth
@@ -66,7 +69,7 @@ class Network(nn.Module):
 
     def _check_sizes(self, recipe: Recipe) -> None:
         """Refuse images that would have less than a patch, before the first of them is met."""
-        data, smallest, patch = recipe.data, min(recipe.cam.scales), max(self.backbone.patch_size)
+        data, smallest, patch = recipe.data, min(recipe.cam.scales), self.backbone.smallest
         sides = {"data.crop": data.crop, "the smallest of cam.scales times data.crop": smallest * data.crop}
         if data.eval_size:
             sides["data.eval_size"] = data.eval_size
@@ -82,6 +85,11 @@ class Network(nn.Module):
     def _affinity_head(self, recipe: Recipe) -> AffinityHead:
         """The layer of the learned affinity; its reach is counted in patches of the training crop."""
         config, backbone = recipe.affinity, self.backbone
+        if not isinstance(backbone, Backbone):
+            raise UserError(
+                "affinity.kind learned needs a plain ViT; choose another model.backbone, or affinity.kind "
+                "mean or haaf."
+            )
         if config.blocks > backbone.depth:
             raise UserError(
                 f"affinity.blocks is {config.blocks}, but the backbone has only {backbone.depth} blocks."

@@ -1,14 +1,20 @@
 """Pre-trained weights: found on disk or downloaded by timm, and resampled to the model's own grid."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import (
+    EfficientFormer,
+    SwinTransformer,
+    efficientformer,
+    swin_transformer,
+    vision_transformer,
+)
 from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
@@ -16,12 +22,15 @@ from ssepa_lib.paths import PACKAGE, weights_root
 from ssepa_lib.recipe import ModelConfig
 
 MICRO_WEIGHTS = PACKAGE / "weights" / "vit_micro_shapes.safetensors"
+COUNTS = ("num_batches_tracked", "relative_position_index", "attention_bias_idxs")  # whole numbers in a file
+MICRO = {"swin": "swin_micro_shapes", "efficientformer": "efficientformer_micro_shapes"}  # beside the ViT's
 
 
 def weights_path(config: ModelConfig) -> Path | None:
     """Weight file a recipe asks for; None for random weights or timm's own download."""
     if config.weights == "micro":
-        return MICRO_WEIGHTS
+        own = MICRO.get(config.backbone.split("_")[0])
+        return MICRO_WEIGHTS.with_stem(own) if own else MICRO_WEIGHTS
     if config.weights and config.weights != "none":
         return Path(config.weights)
     local = weights_root() / f"{config.backbone}.safetensors"
@@ -37,12 +46,9 @@ def create_vit(config: ModelConfig) -> nn.Module:
     path = weights_path(config)
     if path is not None and not path.is_file():
         raise UserError(f"weight file {path} does not exist; correct model.weights or leave it empty.")
-    options = dict(
-        config.backbone_args, num_classes=0, drop_path_rate=config.drop_path, dynamic_img_size=True
-    )
     download = path is None and config.weights != "none"
     try:
-        vit = timm.create_model(config.backbone, pretrained=download, **options)
+        vit = _create(config, download)
     except OSError as error:  # what a hub download raises without a network
         raise UserError(
             f"the weights of '{config.backbone}' cannot be downloaded; put {config.backbone}.safetensors "
@@ -106,18 +112,46 @@ def convert_old_vit_small(state: Mapping[str, Tensor], heads: int = 8) -> dict[s
     return found
 
 
+def _create(config: ModelConfig, download: bool) -> nn.Module:
+    """The timm model, for images of any size where it can be had so."""
+    options = config.backbone_args | {"num_classes": 0, "drop_path_rate": config.drop_path}
+    if config.backbone.startswith("swin_"):
+        options["strict_img_size"] = False
+    elif not config.backbone.startswith("efficientformer_"):  # which takes any size as it is
+        options["dynamic_img_size"] = True
+    try:
+        return timm.create_model(config.backbone, pretrained=download, **options)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        del options["dynamic_img_size"]  # no plain ViT: only to say why it is refused
+        return timm.create_model(config.backbone, pretrained=False, **options)
+
+
+def _filter_of(vit: nn.Module) -> Callable:
+    """timm's function that adapts a checkpoint to a model."""
+    if isinstance(vit, SwinTransformer):
+        return swin_transformer.checkpoint_filter_fn
+    if isinstance(vit, EfficientFormer):
+        return efficientformer.checkpoint_filter_fn
+    return vision_transformer.checkpoint_filter_fn
+
+
 def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
     """Load a timm checkpoint, resampling its position embedding to the model's native grid."""
     state = _read(path)
     for key, tensor in state.items():
+        if key.endswith(COUNTS):
+            continue
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise UserError(
                 f"weight file {path}: {key} holds {tensor.dtype} or values that are not finite; fetch a file "
                 "of floating-point weights."
             )
     try:
-        state = checkpoint_filter_fn({k: v.float() for k, v in state.items()}, vit)
+        state = _filter_of(vit)({k: v.float() for k, v in state.items()}, vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
+        missing = [key for key in missing if not key.endswith("attention_bias_idxs")]  # a constant
     except (AttributeError, IndexError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"weight file {path} does not fit the backbone '{name}': "

@@ -20,6 +20,7 @@ from ssepa_lib.files import FolderLock
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler
 from ssepa_lib.methods import build_objectives, take_step, total_loss
 from ssepa_lib.methods.teacher import Teacher
+from ssepa_lib.model.frozen import FeatureCache
 from ssepa_lib.model.network import Network, build_network, evaluating, optimiser_groups
 from ssepa_lib.randomness import seeded
 from ssepa_lib.recipe import Recipe
@@ -71,8 +72,10 @@ class Trainer:
             self.optimizer, partial(learning_rate_factor, recipe)
         )
         self.bf16 = precision(recipe.train.precision, device) == "bf16"
+        if recipe.model.freeze and recipe.data.fixed_views and recipe.model.cache_gb:
+            self.network.backbone.cache = FeatureCache(int(recipe.model.cache_gb * 1e9))
         if recipe.train.compile:
-            for block in self.network.backbone.vit.blocks:
+            for block in self.network.backbone.blocks:
                 block.compile()
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:

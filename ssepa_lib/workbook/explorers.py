@@ -115,6 +115,7 @@ def thresholds(
     refined: Array | None = None,
     mask: Array | None = None,
     classes: Sequence[str] | None = None,
+    kinds: tuple[str, str] = ("CAM", "refined"),
 ) -> Explorer:
     """From a map to labels: two thresholds, what lies between them ignored.
 
@@ -123,24 +124,23 @@ def thresholds(
         cam: [h, w] in 0..1, or [C, h, w] with one map per class.
         refined: the same after the affinity or PAR, [h', w'] or [C, h', w']; to switch to.
         mask: [S, S]; 0 background, 255 ignored, 1..C in the order of the maps (one map: any id).
-        classes: C names.
+        classes, kinds: C names; what the two maps are called.
 
     Raises:
         UserError: shapes that do not fit, or values outside 0..1.
     """
     pixels = data.image_pixels(image)
     size = data.reduced_size(pixels)
-    given = {"CAM": cam} | ({} if refined is None else {"refined": refined})
-    maps = {name: data.unit_map(values, size) for name, values in given.items()}
-    count = len(maps["CAM"])
+    maps = [data.unit_map(values, size) for values in (cam, refined) if values is not None]
+    count = len(maps[0])
     names = list(classes or [f"class {i + 1}" for i in range(count)])
-    if len(names) != count or any(len(m) != count for m in maps.values()):
+    if len(names) != count or any(len(m) != count for m in maps):
         raise UserError(f"there are {len(names)} class names for {count} maps; give one name per map.")
-    arrays = {"maps": np.stack(list(maps.values()))}
+    arrays = {"maps": np.stack(maps)}
     if mask is not None:
         ids = data.mask_ids(mask, pixels)
         arrays["mask"] = data.reduced(data.object_ids(ids) if count == 1 else ids)
-    spec = {"size": size, "image": data.picture(pixels), "kinds": list(maps), "classes": names}
+    spec = {"size": size, "image": data.picture(pixels), "kinds": list(kinds[: len(maps)]), "classes": names}
     return Explorer("thresholds", "From map to labels", arrays, spec, thresholds=[0.7, 0.25])
 
 

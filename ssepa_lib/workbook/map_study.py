@@ -17,11 +17,12 @@ from ssepa_lib.data import IGNORE, SegmentationDataset
 from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import infer
+from ssepa_lib.evaluation.blind import judge
 from ssepa_lib.evaluation.evaluate import THRESHOLDS
 from ssepa_lib.evaluation.maps import PARTS, floor, mass_by_part, patch_ids
 from ssepa_lib.evaluation.multiscale import cam_view, top_class
 from ssepa_lib.evaluation.scores import ThresholdConfusion
-from ssepa_lib.labels import MatrixRefiner, PseudoLabeler, Refiner, multi_scale_cam, normalise_cam
+from ssepa_lib.labels import MatrixRefiner, Refiner, multi_scale_cam, normalise_cam
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
 from ssepa_lib.recipe import AffinityConfig, Recipe
@@ -32,11 +33,14 @@ from ssepa_lib.workbook.study import object_parts, samples
 
 
 def has_masks(dataset: SegmentationDataset) -> bool:
-    """Whether a dataset can be measured; prints one sentence where it cannot."""
-    known = len(dataset) > 0 and dataset.mask(0) is not None
-    if not known:
+    """Whether a dataset can be measured, as it can if every image has a mask; prints one sentence where it
+    cannot."""
+    masked = dataset.masked
+    if not masked:
         print(NO_MASKS)
-    return known
+    elif masked < len(dataset):
+        print(f"Only {masked} of {len(dataset)} images have a mask; notebook 08 measures with those alone.")
+    return 0 < masked == len(dataset)
 
 
 @torch.no_grad()
@@ -285,22 +289,9 @@ def case(
 def blind_numbers(
     network: Network, recipe: Recipe, dataset: SegmentationDataset, refiner: Refiner | None
 ) -> pd.DataFrame:
-    """Numbers of a map that need no mask, one row per image with a label.
-
-    Columns: `median` (of the map in 0..1: a floor without a mask), `area` (share of the image above the
-    recipe's background threshold), `PAR` (mean absolute change under pixel-adaptive refinement).
-    """
-    device, rows = network.classifier.weight.device, {}
-    side, par = recipe.data.eval_size or recipe.data.crop, PseudoLabeler(recipe.cam).par.to(device)
-    indices = [i for i in range(len(dataset)) if dataset.label(i).any()]
-    for index in indices:
-        pixels, labels, _ = samples(dataset, [index], side)
-        pixels, labels = pixels.to(device), labels.to(device)
-        (map,) = class_maps(network, recipe, pixels, labels, [int(labels.argmax())], {"": refiner})[""]
-        moved = (par(pixels, map[None, None])[0, 0] - map).abs().mean()
-        area = (map > recipe.cam.background).float().mean()
-        rows[index] = {"median": float(map.median()), "area": float(area), "PAR": float(moved)}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    """`median`, `area` and `PAR` of `blind.judge`, of the first class of each image with a label."""
+    found = judge(network, recipe, dataset, refiner, views=False)
+    return found.groupby("index").first()[["median", "area", "PAR"]]
 
 
 def microscopes(

@@ -8,7 +8,9 @@ notebook names what it needs and trains in its metadata: `{"ssepa": {"needs": [.
 import ast
 import json
 import math
+import os
 import re
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +23,17 @@ from ssepa_lib.fields import shown
 from ssepa_lib.files import write_text
 from ssepa_lib.paths import NOTEBOOKS, PROJECT
 from ssepa_lib.readers import parse_yaml
+
+FOLDERS = ("VOC_ROOT", "COCO_ROOT", "FOLDER_ROOT", "SSEPA_WEIGHTS")  # variables that name folders of data
+
+_BROKEN = (
+    OSError,
+    ValueError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    RecursionError,
+)  # what a broken one raises
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,11 @@ def read_parameters(path: Path, cells: Sequence[Mapping[str, Any]]) -> tuple[dic
     if len(tagged) != 1:
         raise UserError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; tag exactly one.")
     defaults = {}
-    for statement in ast.parse(tagged[0]["source"]).body:
+    try:
+        statements = ast.parse(tagged[0]["source"]).body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path.name}: its parameters cell is not Python ({error}); correct it.") from error
+    for statement in statements:
         try:
             (target,) = statement.targets
             defaults[target.id] = ast.literal_eval(statement.value)
@@ -77,10 +94,11 @@ def discover(folder: Path = NOTEBOOKS) -> list[Notebook]:
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
         try:
             content = nbformat.read(path, as_version=4)
-        except (ValueError, nbformat.ValidationError) as error:
-            raise UserError(f"{path} is not a notebook ({error}); restore it with git checkout.") from error
-        own = content.metadata.get("ssepa", {})
-        needs, trains = tuple(own.get("needs", ())), tuple(own.get("trains", ()))
+            own = content.metadata.get("ssepa", {})
+            needs, trains = tuple(own.get("needs", ())), tuple(own.get("trains", ()))
+        except (*_BROKEN, nbformat.ValidationError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is not a notebook ({reason}); restore it with git checkout.") from error
         waiting.append(Notebook(path, needs, trains, *read_parameters(path, content.cells)))
     if not waiting:
         raise UserError(f"no notebook NN_topic.ipynb in {folder}; run from a complete checkout.")
@@ -174,13 +192,14 @@ def check_parameters(
 
 
 def forget_places(copy: Path, results: Path) -> None:
-    """Take the folders of this machine, and with them the user's name, out of an executed notebook.
+    """Take the folders of this machine, and with them user and host, out of an executed notebook.
 
     Args:
         copy: the notebook; nothing happens if it cannot be read.
         results: folder of everything computed, from now on `results`.
     """
-    places = {results: "results", PROJECT: ".", Path(sys.prefix): "<python>", Path.home(): "~"}
+    places = {Path(os.environ[name]).resolve(): name for name in FOLDERS if os.environ.get(name)}
+    places |= {Path.home(): "~", Path(sys.prefix): "<python>", PROJECT: ".", results: "results"}
     try:
         content = json.loads(copy.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # its kernel has not even started
@@ -191,6 +210,7 @@ def forget_places(copy: Path, results: Path) -> None:
     for place in sorted(places, key=lambda each: -len(str(each))):
         if place != Path(place.root):
             text = text.replace(json.dumps(str(place), ensure_ascii=False)[1:-1], places[place])
+    text = text.replace(f" on {socket.gethostname()} since ", " on <host> since ")  # of a lock
     write_text(copy, f"{text}\n")
 
 

@@ -18,7 +18,7 @@ import torch
 
 from ssepa_lib.device import autocast, describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.backbone import build_backbone
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.history import history_rows
 from ssepa_lib.training.run import RunFolder, find_finished
@@ -30,6 +30,7 @@ LONG = 30 * 60  # seconds of training from which a call of the notebooks has to 
 FULL = 12 * 3600  # seconds from which a run without a GPU has to be confirmed
 CORE_SPEED = {"fp32": 45e9, "bf16": 75e9}  # FLOP/s of a core in a step (shapes; voc_mini without AMX)
 GPU_SHARE = 0.05  # of the speed of matrix products that a step reaches
+GPU_SPEED = 20e12  # FLOP/s of a step on a data-centre GPU: that share of 400 TFLOP/s; not measured
 
 
 @dataclass(frozen=True)
@@ -65,27 +66,20 @@ class Planned:
 def step_cost(recipe: Recipe) -> Cost:
     """The cost of one step; the passes are those of the table in `methods/step.py`."""
     with torch.device("meta"):
-        encoder = Backbone(replace(recipe.model, weights="none"))
-    matrices = sum(p.numel() for p in encoder.vit.blocks.parameters() if p.ndim == 2)
-
-    def tokens(side: float) -> int:
-        height, width = (max(1, round(side / patch)) for patch in encoder.patch_size)
-        return height * width + encoder.num_prefix_tokens
-
-    def forward(side: float) -> float:
-        return 2 * matrices * tokens(side) + 4 * tokens(side) ** 2 * encoder.width * encoder.depth
-
+        encoder = build_backbone(replace(recipe.model, weights="none"))
     side, batch = recipe.data.crop, recipe.data.batch
-    flops = batch * sum(weight * forward(each) for each, weight in _passes(recipe))
+    flops = batch * sum(weight * encoder.flops(each, each) for each, weight in _passes(recipe))
     parameters = sum(p.numel() for p in encoder.parameters())
-    return Cost(flops, parameters, (batch * tokens(side), encoder.width))
+    height, width = (max(1, round(side / patch)) for patch in encoder.patch_size)
+    tokens = height * width + encoder.num_prefix_tokens
+    return Cost(flops, parameters, (batch * tokens, encoder.width))
 
 
 def _passes(recipe: Recipe) -> Iterable[tuple[float, int]]:
     """Side of an image and 1, or 3 with the backward pass, for every pass of one image in a step."""
     side, contrast = recipe.data.crop, recipe.contrast
     maps = [(scale * side, 1) for scale in recipe.cam.scales for _ in range(1 + recipe.cam.flip)]
-    yield (side, 3)
+    yield (side, 1 if recipe.model.freeze else 3)
     yield from maps
     if recipe.losses.ctc:
         yield (side, 3)
@@ -111,6 +105,17 @@ def seconds_per_step(recipe: Recipe, cost: Cost) -> float:
             (a @ b)[0, 0].item()  # waits for the GPU
             best = min(best, time.perf_counter() - began)
     return cost.flops / (GPU_SHARE * 8 * tokens * width**2 / max(best, 1e-6))
+
+
+def seconds_on(recipe: Recipe, cost: Cost, kind: str) -> float:
+    """The expected time of a step on another device than the recipe's, by formula alone.
+
+    Args:
+        kind: "cpu", the cores of this machine, or "gpu", a data-centre GPU.
+    """
+    if kind == "cpu":
+        return seconds_per_step(replace(recipe, train=replace(recipe.train, device="cpu")), cost)
+    return max(cost.flops / GPU_SPEED, 0.05)  # launching the kernels of a step takes that long
 
 
 def _kind(recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ import torch
 from ssepa_lib.compose import load_recipe, method_title
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.results import TEST_TIME, column_names, describe_size, describe_view
-from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.backbone import build_backbone
 from ssepa_lib.workbook.tables import plus_minus, summary
 
 OURS = "this workbook"
@@ -200,7 +200,7 @@ def _setting(cells: dict[str, _Cell]) -> str:
 
 @cache
 def backbone_shape(recipe: str, backbone: str) -> tuple[int, int] | None:
-    """Depth of a run's backbone, and the image side that its position embedding was trained for, pixels.
+    """Blocks of a run's backbone, and the image side that it was pre-trained for, pixels.
 
     Args:
         recipe, backbone: as the setting of a result names them.
@@ -211,10 +211,12 @@ def backbone_shape(recipe: str, backbone: str) -> tuple[int, int] | None:
     try:
         config = load_recipe(recipe, {"model.backbone": backbone}).model
         with torch.device("meta"):
-            encoder = Backbone(replace(config, weights="none"))
+            encoder = build_backbone(replace(config, weights="none"))
     except (UserError, OSError):
         return None
-    return encoder.depth, int(encoder.vit.patch_embed.img_size[0])
+    embed = getattr(encoder.vit, "patch_embed", None)
+    side = getattr(embed, "img_size", None) or encoder.vit.pretrained_cfg["input_size"][1:]
+    return len(encoder.blocks), int(side[0])
 
 
 def _beside(published: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:

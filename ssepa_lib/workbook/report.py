@@ -18,7 +18,7 @@ from ssepa_lib.evaluation.results import describe_size, read_all_results
 from ssepa_lib.files import write_text
 from ssepa_lib.workbook import exhibits
 from ssepa_lib.workbook.figures.style import method_name
-from ssepa_lib.workbook.report_page import markdown, notebook_page, page, takeaways_of, title_of
+from ssepa_lib.workbook.report_page import linked, markdown, notebook_page, page, takeaways_of, title_of
 
 UNFINISHED = ".unfinished"  # in the name of a copy whose notebook failed or was interrupted
 HEADLINE = {
@@ -29,7 +29,14 @@ HEADLINE = {
     "segmentation": "segmentation",
 }  # output in metrics.json → column
 QUESTION = "How much of an object can a network find when it is only told that it is there?"
-ARGUMENT = ("04_cams", "04_layers", "06_methods")  # figures that the index shows first, if they exist
+ARGUMENT = {  # the figures that carry the argument, in the order of preference, and what they show
+    "04_cams": "Maps of some validation images beside the ground truth: plain, and in refined forms.",
+    "04_baselines": "What every form of the affinity reaches, beside matrices that do not see the image.",
+    "06_methods": "The mIoU of the methods, every seed a dot.",
+    "04_layers": "The weight that every layer gets, and what a map refined by this layer alone is worth.",
+    "00_cam_and_affinity": "One image, the map of its class, two refined forms of it, and the mask.",
+    "02_affinity_and_haaf": "From the attention of the layers to the patch affinity; the weights of HAAF.",
+}
 
 
 def read_runs(preset_folder: Path, run_name: str = "") -> dict[str, dict]:
@@ -138,9 +145,17 @@ def _answer(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
         change = "raises" if refined[name] > 0 else "lowers"
         said.append(
             f"At best the patch affinity {change} the mIoU of the class activation map from "
-            f"{_mean(methods[name]['cam'])} to {_mean(methods[name]['refined_cam'])} % ({name})."
+            f"{_mean(methods[name]['cam'])} to {_mean(methods[name]['refined_cam'])} %, in runs of {name}."
         )
     return " ".join(said) or "The evaluated runs have neither a segmentation nor a refined map yet."
+
+
+def _title(path: Path) -> str:
+    """What the file of a figure says of itself."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get("Title") or path.stem[3:].replace("_", " ")
 
 
 def _thumbnail(path: Path) -> str:
@@ -148,22 +163,23 @@ def _thumbnail(path: Path) -> str:
 
     with Image.open(path) as image:
         image = image.convert("RGB")
-        image.thumbnail((640, 640))
+        image.thumbnail((960, 960))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _figures(folder: Path, count: int = 3) -> str:
-    """The figures that carry the argument; the others stand in the pages."""
-    from PIL import Image
-
-    paths = sorted((folder / "figures").glob("*.png"), key=lambda p: (p.stem not in ARGUMENT, p.stem))[:count]
+    """The figures that carry the argument, or others where there are none; the rest stands in the pages."""
+    order = list(ARGUMENT)
+    paths = sorted(
+        (folder / "figures").glob("*.png"),
+        key=lambda p: (order.index(p.stem) if p.stem in ARGUMENT else len(order), p.stem),
+    )
     items = []
-    for path in paths:
+    for path in paths[:count]:
         try:
-            with Image.open(path) as image:
-                title = html.escape(image.info.get("Title") or path.stem[3:].replace("_", " "), quote=True)
+            title = html.escape(ARGUMENT.get(path.stem) or _title(path), quote=True)
             image = f'<img alt="{title}" src="data:image/jpeg;base64,{_thumbnail(path)}">'
         except UNREADABLE:  # cut short by a full disk, for example; the report can do without it
             continue
@@ -172,7 +188,7 @@ def _figures(folder: Path, count: int = 3) -> str:
     return f"<h2>Figures</h2>{''.join(items)}" if items else ""
 
 
-def _item(path: Path, report: Path, around: tuple[str, str]) -> str:
+def _item(path: Path, report: Path, around: tuple[str, str], pages: Sequence[str]) -> str:
     """Write the page of one executed notebook; its line of the index, with its takeaways."""
     import nbformat
 
@@ -182,11 +198,11 @@ def _item(path: Path, report: Path, around: tuple[str, str]) -> str:
     except (ValueError, AttributeError, nbformat.ValidationError):  # killed while it saved this copy
         return f'<li>{html.escape(name)} <span class="failed">cut short: run it again</span></li>'
     title = title_of(notebook) or name
-    write_text(report / f"{path.stem}.html", notebook_page(notebook, title, *around))
+    write_text(report / f"{path.stem}.html", notebook_page(notebook, title, *around, pages))
     failed = any(o.get("output_type") == "error" for c in notebook.cells for o in c.get("outputs", []))
     state = "failed" if failed else "cut short"
     mark = f' <span class="failed">last call {state}</span>' if unfinished else ""
-    said = "" if unfinished else markdown(takeaways_of(notebook))
+    said = "" if unfinished else linked(markdown(takeaways_of(notebook)), pages)
     link = f'<a href="{quote(path.stem)}.html">{html.escape(f"{name[:2]} {title}")}</a>'
     return f"<li>{link}{mark}{said}</li>"
 
@@ -231,7 +247,7 @@ def write_report(preset_folder: Path, run_name: str = "") -> Path:
     folder = preset_folder / run_name
     report, copies = folder / "report", sorted((folder / "notebooks").glob("*.ipynb"))
     pages = ["", *(f"{path.stem}.html" for path in copies), ""]
-    items = [_item(path, report, (pages[i], pages[i + 2])) for i, path in enumerate(copies)]
+    items = [_item(path, report, (pages[i], pages[i + 2]), pages) for i, path in enumerate(copies)]
     for old in report.glob(f"*{UNFINISHED}.html"):
         if not (folder / "notebooks" / f"{old.stem}.ipynb").exists():
             old.unlink()  # it has succeeded since

@@ -3,6 +3,7 @@
 import copy
 import html
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,17 +130,33 @@ def _exporter() -> Any:
     return HTMLExporter(template_name="basic", raw_template=_CELLS)
 
 
-def notebook_page(notebook: Any, title: str, before: str = "", after: str = "") -> str:
+def linked(body: str, pages: Sequence[str]) -> str:
+    """Links to notebooks as links to their pages, or as plain text where this report has no such page."""
+
+    def link(match: re.Match) -> str:
+        page = f"{match[1]}.html"
+        return f'<a href="{page}">{match[2]}</a>' if page in pages else match[2]
+
+    return re.sub(r'<a href="(\d\d_\w+)\.ipynb"[^>]*>(.*?)</a>', link, body, flags=re.S)
+
+
+def notebook_page(
+    notebook: Any, title: str, before: str = "", after: str = "", pages: Sequence[str] = ()
+) -> str:
     """An executed notebook as a page.
 
     Args:
         notebook: as `nbformat` reads it; it is not changed.
         title: of the page.
         before, after: addresses of the neighbouring pages; the index is `index.html` beside them.
+        pages: names of all pages of the report; a link to another notebook becomes plain text.
     """
     equations = _Equations()
     body, _ = _exporter().from_notebook_node(_prepared(notebook, equations))
-    body = equations.give(re.sub(r"<script\b.*?</script>", "", body, flags=re.S | re.I))
+    body = re.sub(
+        r"<script\b.*?</script>|<style>[^<]*\.output_html[^<]*</style>", "", body, flags=re.S | re.I
+    )
+    body = linked(equations.give(body), pages)
     links = [("index.html", "Index of the report"), (before, "← before"), (after, "next →")]
     nav = "".join(f'<a href="{html.escape(to)}">{text}</a>' for to, text in links if to)
     return page(title, f"<nav>{nav}</nav><main>{body}</main><nav>{nav}</nav>")

@@ -138,8 +138,20 @@ def _check(
         )
     values = check_parameters(chosen, {**parameters, "preset": preset}, everything)
     overrides = next((given["overrides"] for given in values.values() if "overrides" in given), {})
-    build_dataset(load_recipe(f"{preset}/toco", overrides).data, "val")  # missing data is reported here
+    lenient = preset == "folder" and all("folder" in each.parameters for each in chosen)
+    if not lenient:  # missing data is reported here; a notebook on a folder of yours does that itself
+        build_dataset(load_recipe(f"{preset}/toco", overrides).data, "val")
     return chosen, values
+
+
+def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with `folder`, if it is given, as a full path: the kernels run in another directory."""
+    if not parameters.get("folder"):
+        return dict(parameters)
+    folder = Path(str(parameters["folder"])).expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} does not exist; give the folder that holds your images.")
+    return {**parameters, "folder": str(folder)}
 
 
 def _announce(chosen: Sequence[Notebook], values: Mapping[str, dict], yes: bool) -> None:
@@ -184,7 +196,7 @@ def run_workbook(
         UserError: unknown preset, notebook or parameter, wrong type, broken notebook file, missing data,
             or hours of training that nobody has confirmed.
     """
-    parameters = parameters or {}
+    parameters = _absolute(parameters or {})
     chosen, values = _check(preset, only, start, parameters, notebooks)
     run_name = str(parameters.get("run_name", ""))
     root = (results or results_root()).resolve()

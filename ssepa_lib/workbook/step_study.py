@@ -17,7 +17,7 @@ from ssepa_lib.training import Trainer
 def parts_of(trainer: Trainer) -> dict[str, nn.Module]:
     """The parts of a trainer that learn: the backbone up to and after the auxiliary block, and every head."""
     network = trainer.network
-    blocks, split = network.backbone.vit.blocks, network.backbone.aux_block + 1
+    blocks, split = nn.ModuleList(network.backbone.blocks), network.backbone.aux_block + 1
     found: dict[str, nn.Module] = {
         f"ViT, blocks 0 to {split - 1}": blocks[:split],
         f"ViT, blocks {split} to {len(blocks) - 1}": blocks[split:],

@@ -451,12 +451,13 @@ KINDS.microscope = (v) => {
     if (product) {
       const parts = row({ codes: shown, scales: [1], top: 1, n }, 0).map((a, j) => a * data.cam[j]);
       v.heat(product.canvas, source.grey, data.cam, spec.grid, [0, Math.max(highest(data.cam), 1e-9)], false);
-      const five = gives ? [] : Array.from(parts.keys()).sort((a, b) => parts[b] - parts[a]).slice(0, 5);
+      const five = gives ? [] : Array.from(parts.keys()).filter((p) => parts[p] > 0).sort((a, b) => parts[b] - parts[a]).slice(0, 5);
       five.forEach((p, i) => v.outline(product.canvas, p, spec.grid, MARK, [], String(i + 1)));
-      product.caption.textContent = "the CAM, 0 to its maximum; framed: the five largest terms";
+      product.caption.textContent = "the CAM, 0 to its maximum; framed: the largest terms";
       const sum = total(parts);
-      terms.textContent = gives ? "" : `Refined value ${short(sum)} = sum of weight × CAM. Largest terms: ` +
-        five.map((p, i) => `${i + 1}. patch ${p}, ${short(shown[p])} × ${short(data.cam[p])} = ${short(parts[p])}`).join("; ") + ".";
+      const said = five.map((p, i) => `${i + 1}. patch ${p}, ${short(shown[p])} × ${short(data.cam[p])} = ${short(parts[p])}`);
+      terms.textContent = gives ? "" : `Refined value ${short(sum)}, the sum of weight × CAM over all patches. ` +
+        (said.length ? `The largest terms: ${said.join("; ")}.` : "No term is above 0.");
     }
     second.canvas.parentNode.hidden = pinned === null;
     if (other) {

@@ -38,6 +38,13 @@ from ssepa_lib.workbook.figures.layers import (
     plot_haaf_objectives,
     plot_layer_weights,
 )
+from ssepa_lib.workbook.figures.own import (
+    plot_blind_threshold,
+    plot_class_maps,
+    plot_interval,
+    plot_ladder,
+    plot_views,
+)
 from ssepa_lib.workbook.figures.parts import (
     plot_landmark_rows,
     plot_landmarks,
@@ -86,6 +93,11 @@ __all__ = [
     "plot_number_against_miou",
     "plot_parts",
     "plot_ranked",
+    "plot_blind_threshold",
+    "plot_class_maps",
+    "plot_interval",
+    "plot_ladder",
+    "plot_views",
     "plot_runs",
     "plot_samples",
     "plot_scaling_curves",

@@ -121,3 +121,26 @@ def plot_scaling_curves(
     ax.minorticks_off()
     sns.move_legend(ax, **BESIDE, title="")
     return ax
+
+
+def plot_cost_growth(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """GFLOP of a forward pass against the side of the image, both on logarithmic axes.
+
+    Args:
+        table: columns backbone, side (pixels), gflop (all blocks, by formula), attention_gflop (the part of
+            it that the attention has) and counted_gflop (NaN where not counted).
+        ax: where to draw; None: a new figure.
+    """
+    ax = own_axes(ax)
+    for colour, (name, rows) in zip(sns.color_palette(), table.groupby("backbone", sort=False), strict=False):
+        rows = rows.sort_values("side")
+        ax.plot(rows["side"], rows["gflop"], color=colour, label=f"{name}, forward pass")
+        ax.plot(rows["side"], rows["attention_gflop"], "--", color=colour, label=f"{name}, its attention")
+        ax.plot(rows["side"], rows["counted_gflop"], "o", color=colour, fillstyle="none")
+    sides = sorted(table["side"].unique())
+    ax.set(xscale="log", yscale="log", xlabel="side of the image (pixels)", ylabel="GFLOP per image")
+    ax.set_xticks(sides, [str(side) for side in sides])
+    ax.minorticks_off()
+    ax.set_title("Lines by formula, circles counted by the profiler")
+    ax.legend(loc="upper left", fontsize="small")
+    return ax

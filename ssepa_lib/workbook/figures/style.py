@@ -76,8 +76,11 @@ def save_figure(figure: Figure, path: Path | str, limit: int = 400_000) -> Path:
 
 def _save_within(figure: Figure, path: Path, limit: int) -> None:
     title = {"Title": figure_title(figure)}
+    fixed = figure.get_layout_engine() is None
     for dpi in (120, 96, 72, 54, 40):
         figure.savefig(path, format="png", dpi=dpi, metadata=title)
+        if fixed:  # saving has given it the layout of the style, which complains about axes without a grid
+            figure.set_layout_engine("none")
         if path.stat().st_size > limit:
             with Image.open(path) as image:
                 colours = image.convert("RGB")
