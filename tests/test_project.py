@@ -127,6 +127,7 @@ SECOND_EDITION = {  # number of a notebook → predictions it has at least
     "03": 2,
     "04": 3,
     "05": 2,
+    "06": 2,
     "07": 2,
     "08": 2,
 }

@@ -17,6 +17,7 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{ti
 """
 _CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- block any_cell -%}
+{%- for tag in cell.metadata.get('tags', []) if '-' in tag %}<a id="{{ tag | e }}"></a>{% endfor -%}
 {%- if 'colab' in cell.metadata.get('tags', []) -%}
 {%- elif 'solution' in cell.metadata.get('tags', []) -%}
 <details><summary>Solution</summary>{{ super() }}</details>
