@@ -65,6 +65,12 @@ def test_a_crop_larger_than_the_image_is_an_error():
         local_views(coordinates(1, 32), torch.zeros(1, 32, 32, dtype=torch.long), 8, 33, 0.2, generator())
 
 
+def test_a_crop_may_be_the_whole_image():
+    source, regions = coordinates(2, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+    crops, positive = local_views(source, regions, 1, 8, 0.2, generator())
+    assert torch.equal(crops[:, 0], source) and positive.shape == (2, 1)
+
+
 def test_two_global_views_teach_all_views(tiny, step_of, monkeypatch):
     """The first is the training crop; the student projects every view, the teacher the global ones."""
     trainer, make = step_of(tiny("toco"))
