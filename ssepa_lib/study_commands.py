@@ -22,6 +22,7 @@ from ssepa_lib.commands import (
     pairs,
 )
 from ssepa_lib.errors import UserError
+from ssepa_lib.files import require_place
 from ssepa_lib.workbook.progress import counter
 
 if TYPE_CHECKING:
@@ -289,7 +290,6 @@ def bench(
         full: ViT-B at 448² on a CPU too (minutes per row).
     """
     from ssepa_lib.benchmarks.bench import run_suites
-    from ssepa_lib.files import require_place
     from ssepa_lib.paths import results_root
 
     require_place(out or results_root() / "bench")
@@ -316,7 +316,6 @@ def gpu(
         dry_run: The whole path with toy sizes on the CPU.
     """
     from ssepa_lib.benchmarks.gpu import run_gpu
-    from ssepa_lib.files import require_place
 
     if not 0 < minutes <= 10_000:
         raise UserError(f"--minutes is {minutes}; it must be above 0 and at most 10 000.")
@@ -329,17 +328,17 @@ def gpu(
 def pretrain(
     *, out: Annotated[Path, arg(metavar="FILE")], backbone: str = "", steps: int = 1800, seed: int = 0
 ) -> None:
-    """Pre-train the micro ViT of the built-in data again.
+    """Pre-train a micro backbone of the built-in data again.
 
     Example: python -m ssepa_lib pretrain --out vit_micro.safetensors
 
     Args:
         out: The .safetensors file.
+        backbone: swin_micro or efficientformer_micro; by default the micro ViT.
         steps: Updates.
         seed: Seed.
     """
     from ssepa_lib.benchmarks.pretrain_shapes import pretrain
-    from ssepa_lib.files import require_place
 
     at_least(1, steps=steps)
     at_least(0, seed=seed)

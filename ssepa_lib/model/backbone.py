@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.affinity import Attention
+from ssepa_lib.model.attention import Attention
 from ssepa_lib.model.encoder import BackboneOutput, Encoder
 from ssepa_lib.model.pyramid import EfficientFormerBackbone, SwinBackbone
 from ssepa_lib.model.tap import AttentionTap

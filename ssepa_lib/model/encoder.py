@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.affinity import Attention
+from ssepa_lib.model.attention import Attention
 from ssepa_lib.recipe import ModelConfig
 
 

@@ -44,7 +44,7 @@ class FeatureCache:
     def __init__(self, limit: int):
         self.limit, self.used, self.found, self.missed = limit, 0, 0, 0
         self._owner: nn.Module | None = None
-        self._versions: tuple[int, ...] = ()
+        self._written: tuple[int, ...] = ()
         self._known: dict[Hashable, BackboneOutput] = {}
         self._shared: dict[Hashable, Tensor] = {}  # what features of several images have in common
 
@@ -87,8 +87,8 @@ class FeatureCache:
                 "of its own."
             )
         current = versions(backbone)
-        if current != self._versions:
-            self._known, self._shared, self.used, self._versions = {}, {}, 0, current
+        if current != self._written:
+            self._known, self._shared, self.used, self._written = {}, {}, 0, current
 
     @staticmethod
     def _key(image: Tensor) -> Hashable:

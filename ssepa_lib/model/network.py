@@ -139,10 +139,12 @@ class Network(nn.Module):
 
     def parameter_groups(self, optim: OptimConfig, haaf_lr: float) -> list[dict]:
         """Groups for the optimiser: backbone at `lr`, heads at `lr·head_lr_factor`, HAAF at its own rate."""
-        rates = {"backbone": optim.lr, "haaf": haaf_lr}
+        heads = optim.lr * optim.head_lr_factor
+        classifiers = dict.fromkeys(("classifier", "aux_classifier"), heads * optim.classifier_lr_factor)
+        rates = {"backbone": optim.lr, "haaf": haaf_lr} | classifiers
         groups = []
         for name, module in self.named_children():
-            groups += optimiser_groups(module, rates.get(name, optim.lr * optim.head_lr_factor), optim)
+            groups += optimiser_groups(module, rates.get(name, heads), optim)
         return groups
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.model.affinity import Attention
+from ssepa_lib.model.attention import Attention
 
 Grid = tuple[int, int]
 
