@@ -310,9 +310,12 @@ def lesson(
         only: Write only this notebook.
         out: By default results/lesson.
     """
+    from ssepa_lib.files import require_place
     from ssepa_lib.paths import results_root
     from ssepa_lib.workbook.handout import write_lesson
     from ssepa_lib.workbook.notebooks import discover, select
 
-    for folder in write_lesson(select(discover(), list(only)), out or results_root() / "lesson"):
+    place = out or results_root() / "lesson"
+    require_place(place)
+    for folder in write_lesson(select(discover(), list(only)), place):
         print(folder)

@@ -421,3 +421,13 @@ def try_page(browser, page, explorers):
     browser.set_window_size(500, 900)
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     assert errors(browser) == []
+
+
+def test_an_explorer_whose_data_is_not_there_says_so(browser, tmp_path):
+    space = {}
+    exec(MAKE, space)
+    whole = eval(EXPLORERS["mix"], space).page()
+    write_text(tmp_path / "page.html", re.sub(r'(id="blob">)[^<]*', r"\1", whole))
+    browser.get((tmp_path / "page.html").as_uri())
+    assert "is not there yet" in browser.find_element("css selector", "[role=status]").text
+    assert errors(browser) == []

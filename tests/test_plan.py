@@ -26,6 +26,7 @@ def slow_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "_on_gpu", lambda recipe: False)
     for module in ("ssepa_lib.data", "ssepa_lib.workbook.runner"):
         monkeypatch.setattr(f"{module}.build_dataset", lambda *_: None)
+    monkeypatch.setattr("ssepa_lib.workbook.study.require_scoring", lambda *_: None)
     return tmp_path / "results"
 
 

@@ -263,20 +263,14 @@ def write_report(preset_folder: Path, run_name: str = "") -> Path:
         f"<h2>mIoU, %</h2>{tables}{notes}" if tables or notes else "",
         _figures(folder),
         f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>",
-<<<<<<< HEAD
         '<p><a href="words.html">Words and equations</a>, with the sections that build them</p>',
+        f'<p><a href="{exhibits.PAGE}">{exhibits.TITLE}</a>: what each is made by.</p>',
         f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
         _provenance(preset_folder, run_name),
     ]
     nav = '<nav><a href="index.html">Index of the report</a></nav>'
     words = f"{nav}<main>{linked(words_page(), pages)}</main>"
     write_text(report / "words.html", page("Words and equations", words))
-=======
-        f'<p><a href="{exhibits.PAGE}">{exhibits.TITLE}</a>: what each is made by.</p>',
-        f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
-        _provenance(preset_folder, run_name),
-    ]
     write_text(report / exhibits.PAGE, exhibits.exhibits_page(report, preset_folder.name))
->>>>>>> ablations
     write_text(report / "index.html", page(title, "".join(parts)))
     return report / "index.html"

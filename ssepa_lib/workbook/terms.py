@@ -123,7 +123,7 @@ GLOSSARY = {
     "PAR": Term(
         "In pixel-adaptive refinement, pixels take over values from neighbours of similar colour.", "02 §7"
     ),
-    "paired difference": Term("A paired difference compares two methods on the same seed.", "06"),
+    "paired difference": Term("A paired difference compares two methods on the same seed.", "06 §2"),
     "part activation": Term(
         "A map shows part activation if it lies on the part that tells the class and on nothing else.",
         "00 §4, 04 §9",
@@ -140,7 +140,7 @@ GLOSSARY = {
         "A pseudo-label is a label map that the network makes from its own map and then learns from.", "02 §7"
     ),
     "refined map": Term("The refined map is the product of the affinity and the CAM.", "02 §3"),
-    "seed": Term("The seed is the number that decides everything random in a run.", "06"),
+    "seed": Term("The seed is the number that decides everything random in a run.", "06 §2"),
     "self-distillation": Term(
         "In self-distillation a student that sees a masked view predicts what its teacher sees in the whole.",
         "03 §4",
@@ -149,7 +149,8 @@ GLOSSARY = {
         "In a single-stage method, classifier, pseudo-labels and segmentation are trained together.", "03 §1"
     ),
     "supervision of HAAF": Term(
-        "The supervision of HAAF is the loss from which it learns its weights, without any mask.", "03 §1, 06"
+        "The supervision of HAAF is the loss from which it learns its weights, without any mask.",
+        "03 §1, 06 §4",
     ),
     "token": Term(
         "A token is the vector, of width D, that stands for a patch inside the transformer.", "02 §1"
@@ -218,7 +219,7 @@ EQUATIONS = {
         "AFA",
         "an affinity learned from attention, and its loss on pairs of patches",
         ("model.learned_affinity.AffinityHead.forward", "methods.losses.affinity_pairs"),
-        "06",
+        "06 §6",
     ),
     "Tang": Equation(
         "Tang et al. 2018",
@@ -241,7 +242,7 @@ EQUATIONS = {
         "MCC",
         "class token contrast on views of which most blocks are hidden",
         ("methods.mcc.masked_views", "methods.mcc.MaskedContrast.forward"),
-        "06",
+        "06 §6",
     ),
     "mIoU": Equation(
         "this workbook",

@@ -142,5 +142,5 @@ def plot_cost_growth(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xticks(sides, [str(side) for side in sides])
     ax.minorticks_off()
     ax.set_title("Lines by formula, circles counted by the profiler")
-    ax.legend(loc="upper left", fontsize="small")
+    ax.legend(loc="lower right", fontsize="small")
     return ax
