@@ -20,7 +20,7 @@ FREE := import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET,
 ROOT := $(filter 0,$(shell id -u))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup workbook tour lab test soak lint format lock
+.PHONY: help setup workbook tour lesson lab test soak lint format lock
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ workbook: $(READY)  ## run all notebooks on the built-in data; results and HTML 
 
 tour: $(READY)  ## run only the first notebook, for a first figure within three minutes
 	@$(PY) -m ssepa_lib workbook --only 00 $(ARGS)
+
+lesson: $(READY)  ## write the notebooks for a class, without and with solutions, to results/lesson
+	@$(PY) -m ssepa_lib lesson $(ARGS)
 
 lab: $(READY)  ## open the notebooks in JupyterLab, on PORT (8888) of this machine only
 	@$(PY) -c '$(FREE)' $(PORT) 2>/dev/null || { \

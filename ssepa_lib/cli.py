@@ -15,6 +15,7 @@ from ssepa_lib.errors import UserError, explain_failure, nearest
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "workbook": study_commands.workbook,
+    "lesson": commands.lesson,
     "train": commands.train,
     "evaluate": commands.evaluate,
     "predict": commands.predict,

@@ -1,4 +1,4 @@
-"""Commands on data, recipes and single runs; their signatures and docstrings are the command line.
+"""Commands on data, recipes, single runs and lessons; their signatures and docstrings are the command line.
 
 Heavy imports stay inside the commands, so that help is fast.
 """
@@ -295,3 +295,27 @@ def with_network(export: Callable, run: Path, device: str, *args: Any, **options
 
     network, recipe = load_run(run, device)
     print(export(network, recipe, *args, device=next(network.parameters()).device, **options))
+
+
+def lesson(
+    *,
+    only: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NN")] = (),
+    out: AnyFolder = None,
+) -> None:
+    """Write the notebooks for a class, once without and once with solutions.
+
+    Example: python -m ssepa_lib lesson --only 00 --only 02
+
+    Args:
+        only: Write only this notebook.
+        out: By default results/lesson.
+    """
+    from ssepa_lib.files import require_place
+    from ssepa_lib.paths import results_root
+    from ssepa_lib.workbook.handout import write_lesson
+    from ssepa_lib.workbook.notebooks import discover, select
+
+    place = out or results_root() / "lesson"
+    require_place(place)
+    for folder in write_lesson(select(discover(), list(only)), place):
+        print(folder)

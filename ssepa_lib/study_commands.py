@@ -49,10 +49,8 @@ def workbook(
         start: Start with this notebook.
         parameter: Set a parameter of the notebooks.
     """
-    from ssepa_lib.paths import results_root
     from ssepa_lib.workbook.runner import run_workbook
 
-    results_root()
     return run_workbook(preset, list(only), start, pairs(parameter), yes=yes)
 
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 STAGES = ("step", "checkpoint", "evaluation", "crf", "export")
@@ -30,11 +31,8 @@ METHODS = ("toco", "ssepa_plus", "fsr+ssepa_plus", "afa", "mcc")
 
 def mark(stage: mmap.mmap) -> None:
     """Let the functions of each stage say when they begin; only in a process that is about to be killed."""
-    from ssepa_lib.evaluation import evaluate as _  # noqa: F401
-    from ssepa_lib.evaluation import export
-    from ssepa_lib.training import run, trainer
-
-    evaluate = sys.modules["ssepa_lib.evaluation.evaluate"]
+    names = ("evaluation.evaluate", "evaluation.export", "training.run", "training.trainer")
+    evaluate, export, run, trainer = (import_module(f"ssepa_lib.{name}") for name in names)
 
     def announce(module, name: str, number: int) -> None:
         function = getattr(module, name)
@@ -231,9 +229,10 @@ def main(out: Path, quick: bool = False, seed: int = 0) -> int:
     import torch
     from conftest import TINY
 
-    from ssepa_lib import cli, evaluation, training  # noqa: F401  once, and not in every process
     from ssepa_lib.files import write_json, write_text
 
+    for name in ("cli", "evaluation", "training"):  # once, and not in every process
+        import_module(f"ssepa_lib.{name}")
     torch.set_num_threads(1)
     settings = TINY | {"train.steps": 24, "train.save_every": 4, "train.log_every": 3, "data.workers": 1}
     settings["data.val_images"] = 2

@@ -107,14 +107,16 @@ def test_matrix_and_rows_carry_no_gradient_although_haaf_has_one(attention, haaf
 
 @pytest.mark.parametrize("kind", ["probabilities", "logits"])
 @pytest.mark.parametrize("descriptor", ["full", "patch"])
-def test_descriptor_is_the_mean_of_the_map(attention, kind, descriptor):
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_descriptor_is_the_mean_or_maximum_of_the_map(attention, kind, descriptor, pooling):
     fused, dense = (
-        PatchAffinity(attention, kind=kind, strategy=s, descriptor=descriptor)
+        PatchAffinity(attention, kind=kind, strategy=s, descriptor=descriptor, pooling=pooling)
         for s in ("matrix_free", "stack_layers")
     )
     first = P if descriptor == "patch" else 0
     for layer in range(K):
-        by_hand = fused.layer_map(layer).mean(1)[:, first:, first:].mean((1, 2))
+        pooled = fused.layer_map(layer).mean(1)[:, first:, first:].flatten(1)
+        by_hand = pooled.mean(1) if pooling == "mean" else pooled.max(1).values
         torch.testing.assert_close(fused.descriptor()[:, layer], by_hand, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(fused.descriptor(), dense.descriptor(), rtol=1e-4, atol=1e-6)
 

@@ -1,16 +1,20 @@
 """The backbone against timm, for many transformers, sizes and weight files."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssepa_lib.compose import load_recipe
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.memory import saved_activation_bytes
 from ssepa_lib.model.backbone import Backbone
+from ssepa_lib.model.weights import _load_weights
 from ssepa_lib.recipe import ModelConfig
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -139,6 +143,54 @@ def test_bad_weights_are_explained(tmp_path):
     for name, word in (("other", "does not fit"), ("broken", "not a readable"), ("absent", "does not exist")):
         with pytest.raises(UserError, match=word):
             micro(weights=str(tmp_path / f"{name}.safetensors"))
+
+
+def test_old_vit_small_attends_as_it_was_trained(tmp_path):
+    """timm's vit_small of 2020 divided QKᵀ by √768 where every head has 96 values."""
+    torch.manual_seed(0)
+    config = load_recipe("voc/toco/vit_small_depth8").model
+    loaded = Backbone(replace(config, weights="none")).eval()
+    state = {key: value.clone() for key, value in loaded.vit.state_dict().items()}
+    for key in (key for key in state if key.endswith("qkv.weight")):
+        state[key] = torch.randn_like(state[key]) * 0.1  # sharp enough for the scale to matter
+    torch.save(state | {"head.weight": torch.zeros(3, 768)}, tmp_path / "old.pth")
+    _load_weights(loaded.vit, tmp_path / "old.pth", "vit_small")
+    image = torch.rand(1, 3, 32, 32) * 255
+    with torch.no_grad():
+        x, *_ = loaded._embed(image, None)
+        for i in range(8):
+            block = {
+                k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")
+            }
+            x = x + slow_attention(norm(x, block, "norm1"), block)
+            hidden = F.gelu(F.linear(norm(x, block, "norm2"), block["mlp.fc1.weight"], block["mlp.fc1.bias"]))
+            x = x + F.linear(hidden, block["mlp.fc2.weight"], block["mlp.fc2.bias"])
+        expected = F.layer_norm(x, (768,), state["norm.weight"], state["norm.bias"], 1e-6)[:, 1:]
+        torch.testing.assert_close(loaded(image).patches, expected, atol=1e-4, rtol=1e-4)
+
+
+def norm(x, block, name):
+    return F.layer_norm(x, (768,), block[f"{name}.weight"], block[f"{name}.bias"], 1e-6)
+
+
+def slow_attention(x, block):
+    """Head by head, with the old scale 768**-0.5: [1, T, 768] → [1, T, 768]."""
+    q, k, v = F.linear(x, block["attn.qkv.weight"]).chunk(3, -1)
+    heads = [slice(96 * h, 96 * (h + 1)) for h in range(8)]
+    mixed = [(q[..., h] @ k[..., h].mT * 768**-0.5).softmax(-1) @ v[..., h] for h in heads]
+    return F.linear(torch.cat(mixed, -1), block["attn.proj.weight"], block["attn.proj.bias"])
+
+
+def test_only_the_old_shape_is_converted(tmp_path):
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, **ARGS)
+    torch.save({"model": reference.state_dict()}, tmp_path / "w.pth")
+    backbone = micro(weights=str(tmp_path / "w.pth"))
+    assert torch.equal(backbone.vit.blocks[0].attn.qkv.weight, reference.blocks[0].attn.qkv.weight)
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, word in (("broken", "not a readable PyTorch"), ("list", "no tensors by name")):
+        with pytest.raises(UserError, match=word):
+            micro(weights=str(tmp_path / f"{name}.pth"))
 
 
 def test_bad_settings_are_explained():

@@ -123,6 +123,15 @@ def test_haaf_objectives_are_sorted_and_marked_against_the_best_layer():
     assert [line.get_xdata()[0] for line in right.lines] == [20, 25]
 
 
+def test_references_are_marked_in_both_worlds():
+    axes = plt.subplots(1, 2)[1]
+    miou = pd.Series({"no affinity": 1.0, "uniform mean": 2.0, "layer 0 alone": 1.5, "layer 1 alone": 2.5})
+    figures.mark_references({axes[0]: miou, axes[1]: miou + 1})
+    assert [line.get_xdata()[0] for line in axes[0].lines] == [1.0, 2.0, 2.5]
+    assert [text.get_text() for text in axes[1].get_legend().texts][-1] == "best single layer"
+    plt.close("all")
+
+
 def test_learning_curves_skip_terms_a_run_lacks(tmp_path):
     history = pd.DataFrame({"step": [1, 2, 3], "lr": [1.0, 2.0, 3.0], "seconds": 1.0, "cls": [3.0, 2.0, 1.0]})
     history.assign(seg=[None, 5.0, 4.0]).to_csv(tmp_path / "history.csv", index=False)
@@ -225,6 +234,26 @@ def test_a_claim_joins_the_runs_of_one_seed():
     layers = pd.DataFrame({"mIoU": [10.0, 20.0], "entropy": [1.0, 2.0]})
     (ax,) = figures.plot_number_against_miou(layers, {"entropy": "entropy, nats"})
     assert [text.get_text() for text in ax.texts] == ["0", "1"]
+
+
+def test_forest_puts_published_above_ours():
+    rows = [
+        ("a − b", "x", "ours", 0, 4.0),
+        ("a − b", "x", "ours", 1, 6.0),
+        ("a − b", "x", "published", -1, 0.5),
+    ]
+    rows.append(("c − b", "y", "ours", 0, -3.0))
+    table = pd.DataFrame(rows, columns=["comparison", "measure", "source", "seed", "difference"])
+    axes = figures.plot_forest(table, {"x": 1.1, "y": 0.2})
+    points = {
+        line.get_marker(): line.get_xydata().tolist()
+        for line in axes["x"].lines
+        if line.get_marker() != "None"
+    }
+    assert points["D"] == [[0.5, 0]] and points["s"] == [[5.0, 1]] and points["."] == [[4.0, 1], [6.0, 1]]
+    assert [text.get_text() for text in axes["x"].get_yticklabels()] == ["a − b", "c − b"]
+    assert axes["x"].yaxis_inverted() and axes["x"].get_xscale() == "symlog"
+    plt.close("all")
 
 
 def test_compare_runs_shows_means_and_seeds():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,3 +161,20 @@ def test_objectives_on_known_maps_by_other_formulas(tiny, step_of, monkeypatch):
     losses = F.binary_cross_entropy(maps, target, reduction="none").mean(1)
     present = step.batch.label.bool()
     torch.testing.assert_close(part._decoder(known), losses[present].mean())
+
+
+def test_energy_and_equivariance_are_mean_distances_over_the_present_classes(tiny, step_of, monkeypatch):
+    """On constant maps, which neither resizing nor flipping changes."""
+    recipe = tiny("ssepa", **{"losses.segmentation_start": 0.0})
+    _, make = step_of(recipe)
+    step, part = make(), HaafObjective(recipe)
+    batch, classes = step.batch.label.shape
+
+    def refined(given, out=None):
+        h, w = step.output.grid if out is None else out.grid
+        return (0.8 if out is None else 0.3) * given.batch.label[:, None].expand(batch, h * w, classes)
+
+    monkeypatch.setattr(part, "_refined", refined)
+    halved = replace(step, labeler=SimpleNamespace(par=lambda image, maps: maps / 2))
+    assert part._energy(halved).item() == pytest.approx(0.8 / 2, abs=1e-5)
+    assert part._equivariance(step).item() == pytest.approx(0.8 - 0.3, abs=1e-5)

@@ -1,6 +1,8 @@
 """Teaching helpers: what a reader may type, what is escaped, and where the landmarks lie."""
 
+import html
 import importlib
+import json
 import re
 
 import matplotlib.pyplot as plt
@@ -12,7 +14,8 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.labels.cam import cam_to_label
 from ssepa_lib.model import HAAF, PatchAffinity
 from ssepa_lib.paths import NOTEBOOKS
-from ssepa_lib.workbook import lesson
+from ssepa_lib.workbook import contents, lesson
+from ssepa_lib.workbook.report_page import linked
 from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY
 
 
@@ -133,11 +136,45 @@ def test_every_equation_names_functions_that_exist():
             assert callable(found) or isinstance(found, property), name
 
 
-def test_every_word_and_equation_names_a_notebook_that_exists():
-    numbers = {path.name[:2] for path in NOTEBOOKS.glob("*.ipynb")}
-    places = [entry.place for entry in [*GLOSSARY.values(), *EQUATIONS.values()]]
-    assert {number for place in places for number in re.findall(r"\b0\d\b", place)} <= numbers
+def test_every_word_is_one_sentence_and_every_place_is_a_section():
     assert all(term.meaning.endswith(".") and term.meaning.count(". ") == 0 for term in GLOSSARY.values())
+    for entry in [*GLOSSARY.values(), *EQUATIONS.values()]:
+        assert contents.places(entry.place) and set(contents.places(entry.place)) <= set(contents.addresses())
+
+
+def test_links_lead_to_sections():
+    assert contents.places("02 §3, §4; 06 and 07 §1") == ["02 §3", "02 §4", "06", "07 §1"]
+    shown = contents.links("02 §2, 99 §1, 03")
+    assert shown.startswith('<a href="02_method.ipynb#2-Attention-is-a-kernel-(Eq.-4)">02 §2</a>, ')
+    assert shown.endswith(', <a href="03_training.ipynb">03</a>')
+    assert contents.links("09 §1") == "09 §1"
+    for page in (lesson.glossary().data, lesson.equations().data, lesson.words_page()):
+        for stem, mark in re.findall(r'href="(\w+)\.ipynb#?([^"]*)"', page):
+            titles = contents.headings(NOTEBOOKS / f"{stem}.ipynb")
+            assert not mark or html.unescape(mark) in [contents.anchor(title) for title in titles]
+    in_report = linked(lesson.words_page(), ["02_method.html"])
+    assert 'href="02_method.html#2-Attention' in in_report and "01_data" not in in_report
+
+
+def named(key, equation):
+    """What a reader must find in the text where an equation is built."""
+    paper, _, rest = equation.where.partition(" ")
+    numbers = re.findall(r"\d", rest) if paper == "SS-EPA" else []
+    kind = "Eq." if "Eq." in rest else "Figures?"
+    if paper == "this":
+        return [key]
+    return [rf"{kind}( \d,?| to| and)* {n}\b" for n in numbers] or [paper]
+
+
+@pytest.mark.parametrize("key", EQUATIONS)
+def test_every_equation_is_named_where_it_is_built(key):
+    equation = EQUATIONS[key]
+    for number in {place[:2] for place in contents.places(equation.place)}:
+        cells = json.loads(next(NOTEBOOKS.glob(f"{number}_*.ipynb")).read_text())["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+        text = re.sub(r"(\d) to (\d)", lambda m: " ".join(map(str, range(int(m[1]), int(m[2]) + 1))), text)
+        for word in named(key, equation):
+            assert re.search(word, text, re.I), f"{number} does not name {word}"
 
 
 def test_two_worlds_share_a_scale():

@@ -19,7 +19,8 @@ from ssepa_lib.workbook.notebooks import discover
 
 NUMBERS = [f"{n:02d}" for n in range(9)]
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
-DOCUMENTS = [*PROJECT.glob("*.md"), PROJECT / "data" / "README.md", PROJECT / "results" / "README.md"]
+DOCUMENTS = [*PROJECT.glob("*.md"), *(PROJECT / folder / "README.md" for folder in ("data", "results"))]
+DOCUMENTS.append(NOTEBOOKS / "TEACHING.md")
 pyproject = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 
 
@@ -126,6 +127,7 @@ SECOND_EDITION = {  # number of a notebook → predictions it has at least
     "03": 2,
     "04": 3,
     "05": 2,
+    "06": 2,
     "07": 2,
     "08": 2,
 }

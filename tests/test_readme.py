@@ -57,9 +57,9 @@ def of_the_library(words):
         given = parse_args(words[1:])
         assert given.module and given.training_script == "ssepa_lib"
         return given.training_script_args
-    if words[0] == "make" and words[1] in ("workbook", "tour"):
+    if words[0] == "make" and words[1] in ("workbook", "tour", "lesson"):
         passed = [shlex.split(word.partition("=")[2]) for word in words if word.startswith("ARGS=")]
-        return ["workbook", *sum(passed, [])]
+        return ["lesson" if words[1] == "lesson" else "workbook", *sum(passed, [])]
     return words[3:] if words[:3] == ["python", "-m", "ssepa_lib"] else None
 
 
@@ -222,6 +222,7 @@ def test_the_readme_lists_every_method_folder_and_notebook():
     for method in (RECIPES / "method").glob("*.yaml"):
         assert f"| `{method.stem}` |" in README
     assert not [name for name in LAYERS if f"`{name}/`" not in README]
+    assert {9: "Nine", 10: "Ten"}[len(notebooks.discover())] + " notebooks follow" in README
     assert not [n.name for n in notebooks.discover() if f"(notebooks/{n.path.name})" not in README]
 
 
@@ -252,7 +253,7 @@ def make(*words, **variables):
 @pytest.mark.skipif(MAKE is None, reason="make is not installed")
 def test_make_targets():
     shown = make("help").stdout
-    for target in ("setup", "workbook", "tour", "lab", "test", "soak", "lint", "format", "lock"):
+    for target in ("setup", "workbook", "tour", "lesson", "lab", "test", "soak", "lint", "format", "lock"):
         assert f"make {target} " in shown and make("-n", target).returncode == 0
     assert "workbook --only 00" in make("-n", "tour").stdout
     assert ("--allow-root" in make("-n", "lab").stdout) == (os.getuid() == 0)

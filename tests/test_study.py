@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +15,8 @@ from ssepa_lib.evaluation import evaluate, refined_mious
 from ssepa_lib.labels import build_refiner
 from ssepa_lib.model import LayerWeights
 from ssepa_lib.training import load_run
-from ssepa_lib.workbook import haaf_study, study
+from ssepa_lib.workbook import haaf_study, paper_figures, study
+from ssepa_lib.workbook.ablation_study import PLACES, where_it_acts
 from ssepa_lib.workbook.published import table_3
 from ssepa_lib.workbook.tables import collect_runs, committed, paired_differences, summary
 
@@ -125,6 +127,9 @@ def test_a_run_name_has_a_folder_of_its_own(study_runs):
 def test_opening_a_run(study_runs):
     network, recipe = study.open_run("shapes", "toco", 1, device="cpu", steps=2)
     assert recipe.train.seed == 1 and not network.training
+    assert study.has_run("shapes", "toco", 1) and not study.has_run("shapes", "toco:other", 1)
+    with pytest.raises(UserError, match="fsr-cer-only-seed0; .* -p methods=fsr .*-p run_name=cer-only"):
+        study.open_run("shapes", "fsr:cer-only", device="cpu")
     with pytest.raises(UserError, match="fsr-seed0; run notebook 03_training"):
         study.open_run("shapes", "fsr", device="cpu")
     with pytest.raises(UserError, match="run of 2 steps, not 300"):
@@ -194,6 +199,51 @@ def test_haaf_is_trained_alone_and_the_network_stays(study_runs):
     assert table.loc["no affinity", "val"] == refined_mious(network, recipe, dataset, {"": None})[""]
     weights = table.loc["HAAF, cut", ["layer 0", "layer 1"]].astype(float)
     assert weights.sum() == pytest.approx(2, abs=1e-4) and abs(weights.iloc[0] - 1) > 1e-3, "it has learned"
+
+
+def titles(axes):
+    return [ax.get_title() for ax in axes[0]]
+
+
+def test_the_papers_figures_from_runs(study_runs, monkeypatch):
+    runs = {m: load_run(study.run_folder("shapes", m, 0), "cpu") for m in ("toco", "ssepa")}
+    dataset = split_of(runs["toco"][1], "val", 4)
+    shown = study.with_label(dataset, 0, 2)
+    assert titles(paper_figures.plot_figure_5(runs, dataset, shown)) == [
+        "input",
+        "ground truth",
+        "toco",
+        "ssepa",
+    ]
+    monkeypatch.setattr(paper_figures, "crf_available", lambda: False)
+    assert titles(paper_figures.plot_figure_6(runs, dataset, shown)) == [
+        "input",
+        "ground truth",
+        "toco",
+        "ssepa",
+    ]
+    seen = paper_figures.images_without_masks(runs["toco"][1], 3)
+    assert seen.split == "test" and len(seen) == 3
+    monkeypatch.setattr(paper_figures, "crf_available", lambda: True)
+    monkeypatch.setattr(paper_figures, "crf_labels", lambda image, p: p.argmax(0).astype("uint8"))
+    axes = paper_figures.plot_figure_7(runs, seen, [0, 1], truth=False)
+    assert titles(axes) == ["input", "toco", "toco, CRF", "ssepa", "ssepa, CRF"]
+    network, recipe = runs["toco"]
+    pixels = study.samples(seen, [0], 32)[0]
+    found = paper_figures.segmentations(network, recipe, pixels)
+    assert torch.equal(found[""][0], found[", CRF"][0].long()), "the CRF gets the same scores"
+    without = replace(recipe, data=replace(recipe.data, name="voc", root="nowhere"))
+    assert paper_figures.images_without_masks(without, 3) is None
+    plt.close("all")
+
+
+def test_where_the_affinity_acts(study_runs):
+    network, recipe = load_run(study.run_folder("shapes", "toco", 0), "cpu")
+    table = where_it_acts(network, recipe, split_of(recipe, "val", 4))
+    assert list(table.index) == list(PLACES) and (table["ms per image"] > 0).all()
+    assert table["refined map"].between(0, 100).all()
+    plain, auxiliary = table["auxiliary map"].iloc[[0, -1]]
+    assert table["auxiliary map"].iloc[:-1].eq(plain).all() and auxiliary >= 0
 
 
 def test_memory_of_the_strategies_is_ordered(study_runs):

@@ -6,6 +6,7 @@ import pytest
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.workbook import published, tables
+from ssepa_lib.workbook.memory_study import steps_at_published_size
 
 VIEWS = {
     "pseudo_label": {"scales": [1.0], "flip": False, "crf": False},
@@ -203,6 +204,53 @@ def test_other_tables_take_our_runs(runs):
     assert published.table_5(runs).iloc[0]["depth"] == 8
 
 
+def test_published_differences_and_their_ruler():
+    table = published.differences().set_index(["method", "measure"])["difference"]
+    assert table["ssepa", "pseudo-label"] == 0.5 and table["ssepa_affinity", "segmentation"] == 0.8
+    assert table["mcc", "segmentation"] == 0.5, "both with DeiT-B"
+    assert published.noise_ruler() == {"pseudo-label": 1.1, "segmentation": 0.2}
+
+
+def test_one_reading_of_the_two_tables_fits_the_text():
+    one = pd.to_numeric(published.table_1().set_index("method")["train"], errors="coerce")
+    three = published.table_3().set_index("method")["pseudo-label (train)"].astype(float)
+    gain = three["SS-EPA (with Patch Affinity, HAAF)"] - one["ToCo+MS+CRF"]
+    assert one["SS-EPA"] > one["ToCo"] and round(gain, 1) == 2.2
+    assert all(published.ONE_READING in published.NOTES[number] for number in (1, 3))
+
+
+def test_table_5_fills_in_depth_and_size(runs):
+    runs = runs.assign(backbone="vit_small_patch16_224")
+    for setting in runs["settings"]:
+        setting["recipe"] = "voc/ssepa/vit_small_depth8"
+    ours = published.table_5(runs).iloc[-1]
+    assert (ours["depth"], ours["img_size"]) == (8, 224)
+    assert published.backbone_shape("shapes/toco", "vit_tiny_patch16_224") == (6, 96)
+    assert published.backbone_shape("mine.yaml", "vit_tiny_patch16_224") is None
+    for setting in runs["settings"]:
+        setting["recipe"] = "gone/ssepa"
+    assert published.table_5(runs).iloc[-1]["depth"] == "–"
+
+
+def test_evidence_takes_new_folders_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "PROJECT", tmp_path)
+    for folder in ("first", "second", "voc"):
+        (tmp_path / "results" / folder).mkdir(parents=True)
+        (tmp_path / "results" / folder / "README.md").write_text("")
+    write_run(tmp_path / "results" / "first", "mcc-seed0", "mcc", 0, {"segmentation": 50.0}, splits=["val"])
+    write_run(tmp_path / "results" / "second", "mcc-seed0", "mcc", 0, {"segmentation": 60.0}, splits=["val"])
+    write_run(tmp_path / "results" / "voc", "afa-seed0", "afa", 0, {"segmentation": 70.0}, splits=["val"])
+    found = tables.evidence()
+    assert found["segmentation"].tolist() == [50.0, 60.0], "and not a user's own runs"
+    assert found["folder"].tolist() == ["first", "second"]
+
+
+def test_committed_evidence_has_every_method_of_the_table():
+    found = tables.evidence()
+    assert {"toco", "ssepa_affinity", "ssepa", "ssepa_plus"} <= set(found["method"])
+    assert {"shapes", "voc_mini"} <= set(found["preset"]) and len(published.table_3(found)) > 4
+
+
 def test_table_4_takes_measurements():
     columns = ["strategy", "batch", "gigabytes", "backbone", "setting"]
     measured = pd.DataFrame(
@@ -215,3 +263,5 @@ def test_table_4_takes_measurements():
     )
     table = published.table_4(measured)
     assert table["batch 1"].tolist()[3:] == ["9.0", "2.3"] and table["batch 2"].tolist()[3:] == ["16.0", "–"]
+    sources = published.table_4(steps_at_published_size()).groupby("source", sort=False).size().to_dict()
+    assert sources == {"published": 3, "measured here": 4, "formula": 3}

@@ -232,8 +232,8 @@ def _check_setting(setting: dict) -> None:
         if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
             raise ValueError(f"'{name}' is {shown(value)}")
     for column, view in setting["outputs"].items():
-        whole = isinstance(view, dict) and view.keys() >= {"scales", "flip", "crf"}
-        if not whole or not isinstance(view["scales"], list) or not all(map(_is_number, view["scales"])):
+        whole = isinstance(view, dict) and all(isinstance(view.get(name), bool) for name in ("flip", "crf"))
+        if not whole or not isinstance(view.get("scales"), list) or not all(map(_is_number, view["scales"])):
             raise ValueError(f"'outputs' of {column} is {shown(view)}")
 
 

@@ -1,9 +1,11 @@
 """Pre-trained weights: found on disk or downloaded by timm, and resampled to the model's own grid."""
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import (
@@ -13,7 +15,7 @@ from timm.models import (
     swin_transformer,
     vision_transformer,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import PACKAGE, weights_root
@@ -62,6 +64,54 @@ def create_vit(config: ModelConfig) -> nn.Module:
     return vit
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a PyTorch checkpoint; the old vit_small in today's form."""
+    if path.suffix not in (".pth", ".pt", ".bin"):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
+            ) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"weight file {path} is not a readable PyTorch checkpoint; fetch it again."
+        ) from error
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weight file {path} holds no tensors by name; name a checkpoint of weights alone.")
+    return convert_old_vit_small(state) if is_old_vit_small(state) else state
+
+
+def is_old_vit_small(state: Mapping[str, Tensor]) -> bool:
+    """Whether weights have the shape of timm's vit_small of 2020: 8 blocks of width 768, MLP ratio 3, and no
+    bias on queries, keys and values."""
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    first = {key: tuple(value.shape) for key, value in state.items() if key.startswith("blocks.0.")}
+    wanted = {"blocks.0.attn.qkv.weight": (2304, 768), "blocks.0.mlp.fc1.weight": (2304, 768)}
+    known = all(first.get(key) == shape for key, shape in wanted.items())
+    return len(blocks) == 8 and known and "blocks.0.attn.qkv.bias" not in first
+
+
+def convert_old_vit_small(state: Mapping[str, Tensor], heads: int = 8) -> dict[str, Tensor]:
+    """Weights that were trained with attention QKᵀ/√D, for a network that computes QKᵀ/√d, d = D / heads.
+
+    The rows of the queries are multiplied by √(d/D), which gives the same attention. timm's vit_small of
+    2020, the "vit-small-patch16-224, depth 8" of SS-EPA's Table 5, is such a network.
+
+    Args:
+        state: name → tensor, as in timm; `qkv.weight` has the rows of queries, keys and values.
+    """
+    found = dict(state)
+    for key in [key for key in state if key.endswith("attn.qkv.weight")]:
+        weight = state[key].clone()
+        weight[: len(weight) // 3] *= heads**-0.5
+        found[key] = weight
+    return found
+
+
 def _create(config: ModelConfig, download: bool) -> nn.Module:
     """The timm model, for images of any size where it can be had so."""
     options = config.backbone_args | {"num_classes": 0, "drop_path_rate": config.drop_path}
@@ -89,12 +139,7 @@ def _filter_of(vit: nn.Module) -> Callable:
 
 def _load_weights(vit: nn.Module, path: Path, name: str) -> None:
     """Load a timm checkpoint, resampling its position embedding to the model's native grid."""
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"weight file {path} is not a readable safetensors file ({error}); fetch it again."
-        ) from error
+    state = _read(path)
     for key, tensor in state.items():
         if key.endswith(COUNTS):
             continue

@@ -120,7 +120,7 @@ def history_rows(path: Path) -> list[dict[str, str]]:
         UserError: it cannot be read, a column is missing, or a cell holds no number.
     """
     columns, rows = read_table(path, "history of a run")
-    first = ("step", "lr", "seconds")
+    first = ("step", "seconds")
     lacking = [name for name in first if name not in columns]
     if lacking:
         raise UserError(f"{path}: column '{lacking[0]}' is missing; restore the file or delete it.")

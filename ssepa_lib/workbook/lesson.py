@@ -9,7 +9,7 @@ import html
 import inspect
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from ssepa_lib.evaluation.attention import patch_distances
 from ssepa_lib.evaluation.maps import PARTS, mass_by_part
 from ssepa_lib.labels.crf import crf_available
 from ssepa_lib.paths import PACKAGE
-from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY
+from ssepa_lib.workbook.contents import links
+from ssepa_lib.workbook.terms import EQUATIONS, GLOSSARY, Equation
 
 PAGE = 25  # lines of source that a reader takes in at once
 COLOURS = {"right": "#1b7837", "wrong": "#b35806", "open": "#4a4a4a"}
@@ -47,11 +48,12 @@ def _box(state: str, text: str) -> HTML:
     return HTML(f'<div style="{style}">{html.escape(text)}</div>')
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table of escaped texts."""
+def _table(head: list[str], rows: list[list[str | HTML]]) -> str:
+    """An HTML table of escaped texts, and of HTML that is taken as it is."""
     style = ' style="text-align: left; vertical-align: top"'
+    texts = [[c.data if isinstance(c, HTML) else html.escape(c) for c in row] for row in rows]
     lines = [f"<tr>{''.join(f'<th{style}>{html.escape(c)}</th>' for c in head)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td{style}>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows]
+    lines += [f"<tr>{''.join(f'<td{style}>{c}</td>' for c in row)}</tr>" for row in texts]
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -239,8 +241,13 @@ def _unit(cam: Tensor) -> Tensor:
     return (cam - cam.min()) / (cam.max() - cam.min()).clamp_min(1e-12)
 
 
+def _words(terms: Iterable[str]) -> str:
+    rows = [[term, GLOSSARY[term].meaning, HTML(links(GLOSSARY[term].place))] for term in terms]
+    return _table(["word", "meaning", "built in"], rows)
+
+
 def glossary(*terms: str) -> HTML:
-    """Words in one sentence each, folded up; all words where none is named.
+    """Words in one sentence each, folded up, with links to the sections; all words where none is named.
 
     Raises:
         UserError: a word that the glossary does not have.
@@ -248,13 +255,17 @@ def glossary(*terms: str) -> HTML:
     for term in terms:
         if term not in GLOSSARY:
             raise UserError(f"the glossary has no '{term}'; {nearest(term, list(GLOSSARY))}")
-    rows = [[term, GLOSSARY[term].meaning, GLOSSARY[term].place] for term in terms or GLOSSARY]
-    table = _table(["word", "meaning", "built in"], rows)
-    return HTML(f"<details><summary>Glossary: {len(rows)} words</summary>{table}</details>")
+    chosen = terms or tuple(GLOSSARY)
+    return HTML(f"<details><summary>Glossary: {len(chosen)} words</summary>{_words(chosen)}</details>")
+
+
+def _functions(chosen: Iterable[Equation]) -> str:
+    rows = [[e.where, e.says, ", ".join(e.functions), HTML(links(e.place))] for e in chosen]
+    return _table(["where", "what it says", "function in ssepa_lib", "built in"], rows)
 
 
 def equations(*numbers: str) -> HTML:
-    """Which equation is which function, and where it is built; all where none is named.
+    """Which equation is which function, with links to the sections that build it; all where none is named.
 
     Raises:
         UserError: an equation that is not in the table.
@@ -262,9 +273,13 @@ def equations(*numbers: str) -> HTML:
     for number in numbers:
         if number not in EQUATIONS:
             raise UserError(f"there is no equation '{number}'; {nearest(number, list(EQUATIONS))}")
-    chosen = [EQUATIONS[number] for number in numbers or EQUATIONS]
-    rows = [[e.where, e.says, ", ".join(e.functions), e.place] for e in chosen]
-    return HTML(_table(["where", "what it says", "function in ssepa_lib", "built in"], rows))
+    return HTML(_functions(dict.fromkeys(EQUATIONS[number] for number in numbers or EQUATIONS)))
+
+
+def words_page() -> str:
+    """The glossary and the equations as HTML, with links to the notebooks."""
+    words, functions = _words(GLOSSARY), _functions(dict.fromkeys(EQUATIONS.values()))
+    return f"<h1>Words and equations</h1><h2>Words</h2>{words}<h2>Equations</h2>{functions}"
 
 
 def two_worlds(

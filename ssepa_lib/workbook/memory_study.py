@@ -1,12 +1,15 @@
 """Products with the affinity in blocks of rows, and which image still fits into a memory."""
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from ssepa_lib.evaluation.memory import affinity_map_bytes, analytic_activation_bytes
 from ssepa_lib.model import Attention
+from ssepa_lib.workbook.tables import benchmark
 
 STRATEGIES = ("stack_heads", "stack_layers", "matrix_free")
+BENCH_NAMES = {"haaf_fused": "matrix_free", "haaf_dense": "stack_layers", "all_heads": "stack_heads"}
 LARGEST = 16384  # side at which the search for an image that fits ends, pixels
 
 
@@ -75,3 +78,33 @@ def largest_side(strategy: str, budget: float, **network: float) -> int:
     while side + patch <= LARGEST and sum(step_bytes(side + patch, strategy, **network).values()) <= budget:
         side += patch
     return side
+
+
+def steps_at_published_size() -> pd.DataFrame:
+    """Memory of whole training steps of ViT-B/16 at 448², as Table 4 of SS-EPA asks for it, from two sources.
+
+    One is the peak of what a step allocates, measured on a CPU (`results/cpu`), the other the formula: what
+    the encoder keeps for one pass, and the stack of maps of the largest pass of the multi-scale CAM.
+
+    Returns:
+        The columns of `published.table_4`.
+    """
+    bench, rows = benchmark("published_size.json"), []
+    peaks = bench[bench["name"].str.startswith("peak memory of a step, ")]
+    for _, row in peaks.iterrows():
+        name, batch = row["name"].rpartition(", ")[2], int(row["setting"].rpartition(" ")[2])
+        strategy = BENCH_NAMES.get(name, name)
+        if strategy in STRATEGIES:
+            rows += [("none", batch, row["reference"] / 1e3), (strategy, batch, row["value"] / 1e3)]
+    measured = pd.DataFrame(rows, columns=["strategy", "batch", "gigabytes"]).drop_duplicates(
+        ["strategy", "batch"]
+    )
+    measured = measured.assign(source="measured here", setting="peak of a step, CPU, bfloat16, 448²")
+    counted = [
+        (strategy, batch, sum(step_bytes(448, strategy, batch=batch, scale=1.5, flip=True).values()) / 1e9)
+        for strategy in STRATEGIES
+        for batch in (1, 2)
+    ]
+    formula = pd.DataFrame(counted, columns=["strategy", "batch", "gigabytes"])
+    formula = formula.assign(source="formula", setting="one pass and the largest stack, float32, 448²")
+    return pd.concat([measured, formula], ignore_index=True).assign(backbone="ViT-B")

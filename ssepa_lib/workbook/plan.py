@@ -182,6 +182,21 @@ def describe(planned: Sequence[Planned]) -> str:
     return "\n".join(lines)
 
 
+def remedy(jobs: Sequence[Job], command: str) -> str:
+    """What makes runs that are asked for before they exist, in one sentence; empty where all are finished.
+
+    Args:
+        command: what the user types to make them.
+    """
+    left = [each for each in plan(jobs) if each.source != "finished"]
+    if not left:
+        return ""
+    names = ", ".join(each.job.folder.name for each in left)
+    device = describe_device(resolve_device(left[0].job.recipe.train.device))
+    took = duration(sum(each.seconds for each in left))
+    return f"Not run yet: {names}. `{command}` makes what is missing, in about {took} on {device}."
+
+
 def confirm(planned: Sequence[Planned], yes: bool, limit: float = float("inf")) -> None:
     """Ask before something long starts: a full-size run without a GPU, or more than `limit` seconds in all.
 
@@ -217,7 +232,8 @@ def notebook_jobs(trains: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
 
     Args:
         trains: the entry `trains` of its metadata, one mapping per group of runs: `methods`, `seeds`, `steps`
-            and `arms` name a parameter or say the value itself; `name` is added to the names of the runs.
+            and `arms` name a parameter or say the value itself; `name` is added to the names of the runs. A
+            group whose `arms` are an empty list makes none.
         values: the notebook's parameters.
 
     Raises:
@@ -229,6 +245,8 @@ def notebook_jobs(trains: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
             key: values.get(value, value) if isinstance(value, str) else value for key, value in entry.items()
         }
         many = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
+        if given.get("arms") == []:
+            continue  # an ablation that was not asked for
         arms: dict[str, Mapping[str, Any]] = {}
         for question in many.get("arms", ()):
             if question not in FSR_ARMS:

@@ -2,12 +2,16 @@
 the paper."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import pandas as pd
+import torch
 
-from ssepa_lib.compose import method_title
+from ssepa_lib.compose import load_recipe, method_title
+from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.results import TEST_TIME, column_names, describe_size, describe_view
+from ssepa_lib.model.backbone import build_backbone
 from ssepa_lib.workbook.tables import plus_minus, summary
 
 OURS = "this workbook"
@@ -90,15 +94,21 @@ _FIELD = [
     ("CoSA (ECCV 2024)", "ViT-B", 76.2, 75.1, 51.0),
     ("MoRe (AAAI 2025)", "ViT-B", 76.4, 75.0, 47.4),
 ]
+ONE_READING = (
+    "SS-EPA's tables have rows of two kinds: at one scale without CRF, and with several scales and CRF "
+    "(MS+CRF). Its pseudo-labels in Table 1 (77.1 / 74.2) are of the first kind and belong beside "
+    "ToCo's 74.5 / 72.2; those in Table 3 (79.5) are of the second and belong beside 77.3, which Table "
+    "1 calls ToCo+MS+CRF. Read so, both tables, the sentence that SS-EPA is better with and without MS "
+    "and CRF, and the gain of 2.2 points that the introduction names agree. The paper does not say so; "
+    "ours have a row for each kind."
+)
 NOTES = {
-    1: "The text says that SS-EPA beats ToCo with and without MS and CRF; the table has SS-EPA (77.1 / 74.2)"
-    " below ToCo+MS+CRF (77.3 / 74.6). Table 3 gives 79.5 on train for what seems to be the same row with MS"
-    " and CRF. RRM is cited as [21] here and as [30], which is 1Stage, in Table 2.",
+    1: ONE_READING + " RRM is cited as [21] here and as [30], which is 1Stage, in Table 2.",
     2: "The header of the paper's table says train and val; text and values say val and test, as written"
     " here. SS-EPA on test is 73.2 here and 73.3 in the abstract, the text, Table 3 and Table 5.",
-    3: "ToCo's pseudo-label 77.3 is its MS+CRF row of Table 1. The last digit of the four printed test values"
-    " (72.21, 71.62, 72.73, 73.34) counts from 1 to 4 and reads as a footnote mark; without it they equal the"
-    " text and Table 5.",
+    3: ONE_READING
+    + " The last digit of the four printed test values (72.21, 71.62, 72.73, 73.34) counts from 1 to"
+    " 4 and reads as a footnote mark; without it they equal the text and Table 5.",
     4: "GB of a whole training step, device not stated; row 2 keeps every head, row 3 the head means.",
     5: "Img_size is the size of the checkpoint's pre-training, not the crop (448). The text says that SS-EPA"
     " is better with every backbone on val and test; with vit-small its test value (50.2) is below ToCo's"
@@ -164,7 +174,9 @@ def _ours(runs: pd.DataFrame | None, columns: dict[str, tuple[str, Sequence[str]
                 cells[name] = _cell(group, split, outputs[i if len(outputs) > 1 else 0])
                 own |= cells[name] is not None and (i == 0 or len(outputs) > 1)
             if own:
-                row = dict(zip(key, values, strict=True))
+                row = dict(zip(key, values, strict=True)) | {
+                    "recipe": group.iloc[0]["settings"].get("recipe", "")
+                }
                 row |= {name: cell.text if cell else "–" for name, cell in cells.items()}
                 setting = _setting({name: cell for name, cell in cells.items() if cell})
                 rows.append(row | {"source": f"{OURS} ({row['preset']})", "setting": setting})
@@ -184,6 +196,27 @@ def _setting(cells: dict[str, _Cell]) -> str:
         parts.append(f"{cell.setting['steps']} steps of {cell.setting['batch']}")
         parts.append(f"{cell.seeds} seed{'s' * (cell.seeds > 1)}")
     return "; ".join(dict.fromkeys(parts))
+
+
+@cache
+def backbone_shape(recipe: str, backbone: str) -> tuple[int, int] | None:
+    """Blocks of a run's backbone, and the image side that it was pre-trained for, pixels.
+
+    Args:
+        recipe, backbone: as the setting of a result names them.
+
+    Returns:
+        None where the recipe was a file, or cannot be read any more.
+    """
+    try:
+        config = load_recipe(recipe, {"model.backbone": backbone}).model
+        with torch.device("meta"):
+            encoder = build_backbone(replace(config, weights="none"))
+    except (UserError, OSError):
+        return None
+    embed = getattr(encoder.vit, "patch_embed", None)
+    side = getattr(embed, "img_size", None) or encoder.vit.pretrained_cfg["input_size"][1:]
+    return len(encoder.blocks), int(side[0])
 
 
 def _beside(published: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame:
@@ -231,18 +264,21 @@ def table_4(measured: pd.DataFrame | None = None) -> pd.DataFrame:
 
     Args:
         measured: columns `strategy` (none, stack_heads, stack_layers, matrix_free), `batch`, `gigabytes`,
-            `backbone`, `setting` (device, crop, precision).
+            `backbone`, `setting` (device, crop, precision) and, where it is not a measurement of ours,
+            `source`.
     """
     published = _published(_TABLE_4, ["method", "backbone", "batch 1", "batch 2"], 2)
     if measured is None or measured.empty:
         return published
-    wide = measured.pivot_table(
-        index=["strategy", "backbone", "setting"], columns="batch", values="gigabytes"
-    )
+    if "source" not in measured:
+        measured = measured.assign(source=OURS)
+    by = ["strategy", "backbone", "setting", "source"]
     rows = [
-        {"method": STRATEGIES[strategy], "backbone": backbone, "source": OURS, "setting": setting}
+        {"method": STRATEGIES[strategy], "backbone": backbone, "source": source, "setting": setting}
         | {f"batch {b}": plus_minus(values.get(b, float("nan"))) for b in (1, 2)}
-        for (strategy, backbone, setting), values in wide.iterrows()
+        for (strategy, backbone, setting, source), values in measured.pivot_table(
+            index=by, columns="batch", values="gigabytes", sort=False
+        ).iterrows()
     ]
     order = list(STRATEGIES.values())
     rows.sort(key=lambda row: order.index(row["method"]))
@@ -250,11 +286,45 @@ def table_4(measured: pd.DataFrame | None = None) -> pd.DataFrame:
 
 
 def table_5(runs: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Backbones (SS-EPA, Table 5)."""
+    """Backbones (SS-EPA, Table 5); depth and size of ours are those of their networks."""
     published = _published(
         _TABLE_5, ["method", "backbone", "depth", "img_size", "seg (val)", "seg (test)"], 2
     )
-    return _beside(published, _ours(runs, {"seg (val)": ("val", SEGMENTATION)}))
+    ours = _ours(runs, {"seg (val)": ("val", SEGMENTATION)})
+    if len(ours):
+        shapes = [
+            backbone_shape(*pair) or ("–", "–") for pair in zip(ours["recipe"], ours["backbone"], strict=True)
+        ]
+        ours[["depth", "img_size"]] = pd.DataFrame(shapes, index=ours.index, dtype=object)
+    return _beside(published, ours)
+
+
+def differences() -> pd.DataFrame:
+    """The published differences between rows of one table that differ in one part.
+
+    Returns:
+        Columns method, base (names of recipes), measure (pseudo-label on train, segmentation on val) and
+        difference (points of mIoU).
+    """
+    (toco, none, plain, haaf), field = _TABLE_3, {(name, backbone): v for name, backbone, v, *_ in _FIELD}
+    pairs = [("ssepa_no_affinity", "toco", none, toco), ("ssepa_affinity", "toco", plain, toco)]
+    pairs += [("ssepa", "ssepa_affinity", haaf, plain)]
+    rows = [
+        (method, base, measure, round(ours[i] - theirs[i], 1))
+        for method, base, ours, theirs in pairs
+        for i, measure in ((1, "pseudo-label"), (2, "segmentation"))
+    ]
+    for method, name, backbone in (("mcc", "MCC (WACV 2024)", "DeiT-B"), ("fsr", "FSR (AAAI 2024)", "ViT-B")):
+        difference = field[name, backbone] - field["ToCo (CVPR 2023)", backbone]
+        rows.append((method, "toco", "segmentation", round(difference, 1)))
+    return pd.DataFrame(rows, columns=["method", "base", "measure", "difference"])
+
+
+def noise_ruler() -> dict[str, float]:
+    """How far ToCo and SS-EPA without affinity lie apart in Table 3, points: two runs of what is one recipe
+    here, so that two code bases alone can make a difference of this size."""
+    apart = differences().query("method == 'ssepa_no_affinity'").set_index("measure")["difference"]
+    return apart.abs().to_dict()
 
 
 def table_field(runs: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -16,7 +16,9 @@ from ssepa_lib.data.images import UNREADABLE
 from ssepa_lib.evaluation.provenance import commit
 from ssepa_lib.evaluation.results import describe_size, read_all_results
 from ssepa_lib.files import write_text
+from ssepa_lib.workbook import exhibits
 from ssepa_lib.workbook.figures.style import method_name
+from ssepa_lib.workbook.lesson import words_page
 from ssepa_lib.workbook.report_page import linked, markdown, notebook_page, page, takeaways_of, title_of
 
 UNFINISHED = ".unfinished"  # in the name of a copy whose notebook failed or was interrupted
@@ -261,8 +263,14 @@ def write_report(preset_folder: Path, run_name: str = "") -> Path:
         f"<h2>mIoU, %</h2>{tables}{notes}" if tables or notes else "",
         _figures(folder),
         f"<h2>Notebooks</h2><ul>{''.join(items)}</ul>",
+        '<p><a href="words.html">Words and equations</a>, with the sections that build them</p>',
+        f'<p><a href="{exhibits.PAGE}">{exhibits.TITLE}</a>: what each is made by.</p>',
         f'<h2>Origin</h2><p class="note">{html.escape(_origin())}</p>',
         _provenance(preset_folder, run_name),
     ]
+    nav = '<nav><a href="index.html">Index of the report</a></nav>'
+    words = f"{nav}<main>{linked(words_page(), pages)}</main>"
+    write_text(report / "words.html", page("Words and equations", words))
+    write_text(report / exhibits.PAGE, exhibits.exhibits_page(report, preset_folder.name))
     write_text(report / "index.html", page(title, "".join(parts)))
     return report / "index.html"

@@ -17,6 +17,7 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{ti
 """
 _CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- block any_cell -%}
+{%- for tag in cell.metadata.get('tags', []) if '-' in tag %}<a id="{{ tag | e }}"></a>{% endfor -%}
 {%- if 'colab' in cell.metadata.get('tags', []) -%}
 {%- elif 'solution' in cell.metadata.get('tags', []) -%}
 <details><summary>Solution</summary>{{ super() }}</details>
@@ -133,10 +134,10 @@ def linked(body: str, pages: Sequence[str]) -> str:
     """Links to notebooks as links to their pages, or as plain text where this report has no such page."""
 
     def link(match: re.Match) -> str:
-        page = f"{match[1]}.html"
-        return f'<a href="{page}">{match[2]}</a>' if page in pages else match[2]
+        page, section = f"{match[1]}.html", match[2] or ""
+        return f'<a href="{page}{section}">{match[3]}</a>' if page in pages else match[3]
 
-    return re.sub(r'<a href="(\d\d_\w+)\.ipynb"[^>]*>(.*?)</a>', link, body, flags=re.S)
+    return re.sub(r'<a href="(\d\d_\w+)\.ipynb(#[^"]*)?"[^>]*>(.*?)</a>', link, body, flags=re.S)
 
 
 def notebook_page(

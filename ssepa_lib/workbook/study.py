@@ -61,6 +61,18 @@ def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> P
     return results_root() / plain_name("preset", preset) / "-".join(filter(None, parts))
 
 
+def _pair(method: str, run_name: str) -> tuple[str, str]:
+    """`method:run_name` in two parts; the run name of a plain method is the given one."""
+    method, _, own = method.partition(":")
+    return method, own or run_name
+
+
+def has_run(preset: str, method: str, seed: int = 0, run_name: str = "") -> bool:
+    """Whether `open_run` would find the weights of a run."""
+    method, run_name = _pair(method, run_name)
+    return RunFolder(run_folder(preset, method, seed, run_name)).weights.is_file()
+
+
 def recipe_for(
     preset: str,
     method: str,
@@ -78,14 +90,16 @@ def recipe_for(
 def open_run(
     preset: str, method: str, seed: int = 0, run_name: str = "", device: str = "auto", steps: int = 0
 ) -> tuple[Network, Recipe]:
-    """Network and recipe of a finished run of notebook 03.
+    """Network and recipe of a finished run of notebook 03, or of an arm of 06.
 
     Args:
+        method: with a colon and the run name for a run of another name: `fsr:cer-only`.
         steps: length that the run must have; 0: any.
 
     Raises:
         UserError: it is not there; says what to run.
     """
+    method, run_name = _pair(method, run_name)
     folder = RunFolder(run_folder(preset, method, seed, run_name))
     if not folder.weights.is_file():
         wanted = {"methods": method, "seed": seed, "run_name": run_name, "steps": steps}

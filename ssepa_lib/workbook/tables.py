@@ -10,7 +10,7 @@ import pandas as pd
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.results import read_all_results
-from ssepa_lib.paths import PROJECT
+from ssepa_lib.paths import PROJECT, RECIPES
 
 
 def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
@@ -137,6 +137,19 @@ def committed(name: str) -> pd.DataFrame:
         UserError: it is not there.
     """
     return pd.read_csv(_committed_file(name))
+
+
+def evidence() -> pd.DataFrame:
+    """Every run whose results come with the project, in the columns of `collect_runs` and `folder`.
+
+    They lie in the folders of `results/` that have a README and not the name of a preset, whose folder holds
+    a user's own runs. New folders count by themselves. Several folders may hold a run of the same method and
+    seed; compare runs of one folder, which were measured together.
+    """
+    presets = {path.stem for path in (RECIPES / "data").glob("*.yaml")}
+    folders = [path.parent for path in sorted((PROJECT / "results").glob("*/README.md"))]
+    found = [collect_runs(f).assign(folder=f.name) for f in folders if f.name not in presets]
+    return pd.concat([table for table in found if len(table)], ignore_index=True)
 
 
 def benchmark(name: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ are given, or on new ones, and return them; none of them calls `show`. The style
 
 from ssepa_lib.workbook.figures.curves import plot_learning_curves, plot_scaling_curves, plot_threshold_curve
 from ssepa_lib.workbook.figures.data import plot_card, plot_parts, plot_samples
+from ssepa_lib.workbook.figures.forest import plot_forest
 from ssepa_lib.workbook.figures.heads import (
     head_colours,
     plot_claim,
@@ -31,7 +32,12 @@ from ssepa_lib.workbook.figures.judged import (
     plot_mass,
     plot_threshold_curves,
 )
-from ssepa_lib.workbook.figures.layers import plot_attention_strip, plot_haaf_objectives, plot_layer_weights
+from ssepa_lib.workbook.figures.layers import (
+    mark_references,
+    plot_attention_strip,
+    plot_haaf_objectives,
+    plot_layer_weights,
+)
 from ssepa_lib.workbook.figures.own import (
     plot_blind_threshold,
     plot_class_maps,
@@ -52,6 +58,7 @@ from ssepa_lib.workbook.figures.style import LANDMARKS, OUTPUT_NAMES, method_nam
 __all__ = [
     "LANDMARKS",
     "OUTPUT_NAMES",
+    "mark_references",
     "method_name",
     "plot_affinity_row",
     "plot_threshold_curves",
@@ -68,6 +75,7 @@ __all__ = [
     "plot_cam_grid",
     "plot_class_scores",
     "plot_crop_views",
+    "plot_forest",
     "plot_haaf_objectives",
     "head_colours",
     "plot_claim",

@@ -91,7 +91,8 @@ def plot_haaf_objectives(table: pd.DataFrame, split: str) -> Sequence[Axes]:
     _plot_weight_table(learned, layers, heat)
     heat.set_xticks(at, range(len(layers)))
     bars = right.barh(np.arange(len(learned)) + 0.5, learned[split], color="0.65", height=0.7)
-    right.bar_label(bars, fmt="%.1f", padding=3, fontsize="x-small")
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # keeps lines out of the numbers
+    right.bar_label(bars, fmt="%.1f", padding=3, fontsize="x-small", bbox=paper)
     right.axvline(uniform, color="C0", linestyle="--", label="uniform mean")
     right.axvline(alone.max(), color="C1", label="best single layer")
     low = min(miou.min(), learned[split].min())
@@ -100,6 +101,24 @@ def plot_haaf_objectives(table: pd.DataFrame, split: str) -> Sequence[Axes]:
     right.tick_params(labelleft=False)
     right.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
     return [top, heat, right]
+
+
+def mark_references(tables: Mapping[Axes, pd.Series]) -> None:
+    """Lines on horizontal bars: a map without affinity, with all layers alike, with the best layer alone.
+
+    Args:
+        tables: axes → mIoU by the names of `haaf_study.compare_haaf_objectives`.
+    """
+    for ax, miou in tables.items():
+        alone = miou[miou.index.str.endswith("alone")].max()
+        lines = {
+            "no affinity": (miou["no affinity"], ":", "black"),
+            "uniform mean": (miou["uniform mean"], "--", "C3"),
+        }
+        for name, (value, style, colour) in (lines | {"best single layer": (alone, "-", "C1")}).items():
+            ax.axvline(value, linestyle=style, color=colour, linewidth=1.5, label=name)
+    last = list(tables)[-1]
+    last.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
 
 
 def _plot_weight_table(learned: pd.DataFrame, layers: list[str], ax: Axes) -> None:
