@@ -121,7 +121,7 @@ def writers(folder, tiny):
         "overlay": (folder / "a.jpg", lambda: save_image(image, folder / "a.jpg")),
         "table": (folder / "a.csv", lambda: write_csv(folder / "a.csv", ["a"], [[1]] * 5000)),
         "figure": (folder / "a.png", lambda: save_figure(figure, folder / "a.png")),
-        "report": (folder / "report" / "index.html", lambda: write_report(folder)),
+        "report": (folder / "report" / "words.html", lambda: write_report(folder)),
         "recipe": (run.recipe_file, lambda: save_recipe(tiny(), run.recipe_file)),
     }
 

@@ -75,7 +75,7 @@ def test_formula_holds_under_autocast_and_with_plain_attention(monkeypatch):
         3 * (3 * 2 + 4) * 2 * 17 * 24
     )  # three layers: queries, keys, values; the output beside its bf16 copy
     assert saved_activation_bytes(autocast, backbone) == sum(terms.values()) + in_float32
-    monkeypatch.setattr("ssepa_lib.model.backbone.SHORT", 0)
+    monkeypatch.setattr("ssepa_lib.model.tap.SHORT", 0)
     assert saved_activation_bytes(autocast, backbone) == sum(terms.values())
 
     timm.layers.set_fused_attn(False)
