@@ -436,7 +436,7 @@ KINDS.microscope = (v) => {
     const said = [];
     const own = data.own ? stat("own", patch) : NaN;
     if (Number.isFinite(own)) said.push(`${percent(own)} of what it receives from patches comes from ${data.object[patch] ? "its own object" : "the background, like itself"}`);
-    said.push(`it listens to about ${Math.round(Math.exp(stat("entropy", patch)))} of ${n} patches, ${short(stat("distance", patch))} patches away on average`);
+    said.push(`it attends to about ${Math.round(Math.exp(stat("entropy", patch)))} of ${n} patches, ${short(stat("distance", patch))} patches away on average`);
     if (spec.prefix) said.push(`${percent(1 - stat("received", patch))} comes from the class token`);
     return said.join("; ") + ".";
   };
