@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 
 import nbformat
 import pytest
@@ -367,3 +368,25 @@ def test_private_interfaces_are_listed_and_still_there():
     for path in MODULES:
         if path.name != "private_api.py":
             assert not [name for name in used if f".{name}" in path.read_text()], path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_names_of_the_library_in_notebooks_exist(path):
+    """Every `module.function` and `Class.method` of the library that a cell names can be found."""
+    sources = [cell.source for cell in cells(path) if cell.cell_type == "code"]
+    tree = ast.parse("\n".join(sources))
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ssepa_lib"):
+            module = importlib.import_module(node.module)
+            for each in node.names:
+                if not hasattr(module, each.name):
+                    importlib.import_module(f"{node.module}.{each.name}")
+                known[each.asname or each.name] = getattr(module, each.name)
+    missing = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            owner = known[node.value.id]
+            if isinstance(owner, type | types.ModuleType) and not hasattr(owner, node.attr):
+                missing.append(f"{node.value.id}.{node.attr}")
+    assert not missing
