@@ -147,7 +147,9 @@ def test_all_notebooks_together_train_four_full_runs():
     full = [job for job in jobs if job.recipe.train.steps == 20_000]
     assert len({job.recipe.hash() for job in full}) == 4
     names = {job.folder.name for job in full}
-    assert {"toco-seed0", "ssepa_affinity-seed0"} <= names and "fsr-unc-only-seed0" not in names, "FSR's arms are off"
+    assert {"toco-seed0", "ssepa_affinity-seed0"} <= names and "fsr-unc-only-seed0" not in names, (
+        "FSR's arms are off"
+    )
 
 
 def test_the_runs_of_a_notebook_follow_its_parameters():
