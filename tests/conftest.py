@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ssepa_lib.compose import load_recipe
-from ssepa_lib.data import Batch, build_dataset, train_loader
+from ssepa_lib.data import Batch, build_dataset, split_of, train_loader
 from ssepa_lib.methods import TrainStep, take_step
+from ssepa_lib.model import build_network
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training import Trainer
 
@@ -53,6 +54,16 @@ def tiny():
         return load_recipe(f"shapes/{method}", {**TINY, **overrides})
 
     return make
+
+
+@pytest.fixture
+def trained(tiny):
+    """An untrained network whose classifier gives positive maps, its recipe and a validation split."""
+    recipe = tiny("ssepa")
+    dataset = split_of(recipe, "val", 4)
+    network = build_network(recipe, dataset.classes).eval()
+    torch.nn.init.normal_(network.classifier.weight, std=0.5)
+    return network, recipe, dataset
 
 
 @pytest.fixture

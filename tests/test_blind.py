@@ -5,23 +5,13 @@ import math
 import pytest
 import torch
 
-from ssepa_lib.data import Subset, split_of
+from ssepa_lib.data import Subset
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import evaluate
 from ssepa_lib.evaluation.blind import agreement, flip_agreement, judge, kappa
 from ssepa_lib.evaluation.bootstrap import bootstrap_interval, first_with_masks, image_matrices, miou_of
 from ssepa_lib.evaluation.scores import Confusion
 from ssepa_lib.labels import build_refiner
-from ssepa_lib.model import build_network
-
-
-@pytest.fixture
-def trained(tiny):
-    recipe = tiny("ssepa")
-    dataset = split_of(recipe, "val", 4)
-    network = build_network(recipe, dataset.classes).eval()
-    torch.nn.init.normal_(network.classifier.weight, std=0.5)
-    return network, recipe, dataset
 
 
 def test_agreement_by_hand():

@@ -2,22 +2,11 @@ import pandas as pd
 import pytest
 import torch
 
-from ssepa_lib.data import IGNORE, split_of
+from ssepa_lib.data import IGNORE
 from ssepa_lib.evaluation import refined_mious
 from ssepa_lib.labels import build_refiner, normalise_cam
-from ssepa_lib.model import build_network
 from ssepa_lib.workbook import haaf_study, map_study
 from ssepa_lib.workbook.study import samples
-
-
-@pytest.fixture
-def trained(tiny):
-    """An untrained network whose classifier gives positive maps, its recipe and a validation split."""
-    recipe = tiny("ssepa")
-    dataset = split_of(recipe, "val", 4)
-    network = build_network(recipe, dataset.classes).eval()
-    torch.nn.init.normal_(network.classifier.weight, std=0.5)
-    return network, recipe, dataset
 
 
 def test_map_iou_leaves_out_what_is_ignored():
