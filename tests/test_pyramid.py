@@ -15,6 +15,7 @@ from ssepa_lib.model.pyramid import GridAttention
 from ssepa_lib.model.windows import Windows, resized
 from ssepa_lib.recipe import ModelConfig
 from ssepa_lib.training import Trainer
+from ssepa_lib.training.run import RunFolder, load_run
 from ssepa_lib.workbook.plan import step_cost
 
 SWIN = {
@@ -234,7 +235,10 @@ def test_cached_features_share_their_biases(tiny):
     trainer = Trainer(tiny("ssepa_plus+frozen", **SWIN, **MEAN), ("ant",), torch.device("cpu"))
     backbone, image = trainer.network.backbone, images(2)
     first, again = (backbone(image, capture=True).attention for _ in range(2))
-    assert backbone.cache.found == 2 and first.biases[0] is again.biases[0]
+    assert backbone.cache.found == 2
+    shared = [(first.biases, again.biases), (first.hidden, again.hidden)]
+    assert all(a is b for ours, theirs in shared for a, b in zip(ours, theirs, strict=True))
+    assert first.hidden[0].any(), "windows of 3 do not divide a grid of 8"
     torch.testing.assert_close(PatchAffinity(first).dense(), PatchAffinity(again).dense())
     assert network.backbone.cache is None
 
@@ -276,6 +280,23 @@ def test_batch_norms_keep_the_statistics_of_the_checkpoint(tiny, trainer_for):
     before = norm.running_mean.clone()
     trainer.step(next(batches))
     assert torch.equal(norm.running_mean, before) and trainer.network.backbone.training
+
+
+@pytest.mark.parametrize("settings", [SWIN, FORMER], ids=["swin", "efficientformer"])
+def test_a_finished_run_is_read_again(tiny, tmp_path, settings):
+    recipe = tiny("ssepa_plus", **settings, **MEAN)
+    network = build_network(recipe, ("ant", "bee"))
+    folder = RunFolder(tmp_path)
+    folder.prepare(recipe, resume=True)
+    folder.save_weights(network, recipe, recipe.train.steps)
+    again, _ = load_run(tmp_path, "cpu")
+    for name, tensor in network.state_dict().items():  # among them integers, counters of batch norms
+        torch.testing.assert_close(again.state_dict()[name], tensor)
+    damaged = {k: v.float().fill_(torch.nan) if "norm" in k else v for k, v in network.state_dict().items()}
+    again.load_state_dict(damaged)
+    folder.save_weights(again, recipe, recipe.train.steps)
+    with pytest.raises(UserError, match="values that are not finite"):
+        load_run(tmp_path, "cpu")
 
 
 @pytest.mark.parametrize(

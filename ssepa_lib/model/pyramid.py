@@ -142,13 +142,32 @@ def _attention(taps: list[tuple[AttentionTap, Windows]], images: int, grid: Grid
             "the backbone does not use fused attention, so its affinity cannot be read; unset "
             "TIMM_FUSED_ATTN=0 or choose another model.backbone."
         )
+
+    def kept(side: Tensor) -> Tensor:
+        """[B·W, H, M, d] → [B, W, H, M, d]. With a bias that learns, a CPU keeps copies of queries and keys
+        for the backward pass: a view here would keep the values as well."""
+        side = side.detach() if side.is_cuda else side.detach().clone()
+        return side.unflatten(0, (images, -1))
+
     queries, keys = (
-        [side[0].detach().unflatten(0, (images, -1)) for side in sides]  # [B, W, H, M, d]
+        [kept(side[0]) for side in sides]
         for sides in ([tap.queries for tap, _ in taps], [tap.keys for tap, _ in taps])
     )
-    biases = [tap.biases[0].detach() for tap, _ in taps]  # [1 or B·W, H, M, M], the same for every image
-    biases = [bias if len(bias) == 1 else bias[: len(bias) // images].clone() for bias in biases]
-    return WindowedAttention(queries, keys, 0, grid, windows, biases)
+    biases, hidden = zip(*(_split_bias(tap.biases[0].detach(), images) for tap, _ in taps), strict=True)
+    return WindowedAttention(queries, keys, 0, grid, windows, list(biases), list(hidden))
+
+
+def _split_bias(bias: Tensor, images: int) -> tuple[Tensor, Tensor | None]:
+    """What is added to logits, [1 or B·W, H, M, M], as a bias of all windows [1, H, M, M] and the pairs that a
+    shift or padding hides, bool [W, M, M]; stored apart, they take an H-th of the memory and less.
+
+    A hidden pair has a bias of −∞ (padding) or one lower by 100 (timm's shift).
+    """
+    if len(bias) == 1:
+        return bias, None
+    windows = bias[: len(bias) // images]  # the same for every image
+    shared = windows.amax(0, keepdim=True)
+    return shared, windows[:, 0] < shared[:, 0] - 50
 
 
 class SwinBackbone(Pyramid):

@@ -40,7 +40,8 @@ class AttentionTap(TorchFunctionMode):
         bias = kwargs.get("attn_mask")
         if self.capture:
             self.queries.append(query)
-            self.keys.append(key.repeat_interleave(query.shape[1] // key.shape[1], 1))  # heads may share keys
+            sharing = query.shape[1] // key.shape[1]  # heads that share a key
+            self.keys.append(key if sharing == 1 else key.repeat_interleave(sharing, 1))
             self.biases.append(bias)
         if query.device.type != "cpu" or not torch.is_grad_enabled() or query.shape[2] > SHORT:
             return func(*args, **kwargs)

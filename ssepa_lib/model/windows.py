@@ -87,7 +87,8 @@ class WindowedAttention(Attention):
     """
 
     windows: list[Windows]
-    biases: list[Tensor]  # per layer [1 or W, H, M, M], added to the logits; −∞ on padding
+    biases: list[Tensor]  # per layer [1, H, M, M], added to the logits of every window
+    hidden: list[Tensor | None]  # per layer bool [W, M, M], pairs that do not see each other; None: all do
 
     def heads_in(self, layer: int) -> int:
         """Number of heads of one layer."""
@@ -99,18 +100,21 @@ class WindowedAttention(Attention):
         return self.grid[0] * self.grid[1]
 
     def sharing(self, known: dict[Hashable, Tensor]) -> "WindowedAttention":
-        """The same attention with biases that images of one size share."""
-        biases = [
-            known.setdefault((self.grid, layer, bias.dtype), bias) for layer, bias in enumerate(self.biases)
-        ]
-        return replace(self, biases=biases)
+        """The same attention with biases and hidden pairs that images of one size share."""
+
+        def shared(name: str) -> list[Tensor | None]:
+            return [known.setdefault((self.grid, name, i), x) for i, x in enumerate(getattr(self, name))]
+
+        return replace(self, biases=shared("biases"), hidden=shared("hidden"))
 
     def block(self, layer: int, head: int) -> Tensor:
         """The attention of one head within every window, [B, W, M, M], float32; rows sum to one."""
         q, k = self.queries[layer][:, :, head].float(), self.keys[layer][:, :, head].float()
         with torch.autocast(q.device.type, enabled=False):
             logits = q @ k.mT * q.shape[-1] ** -0.5  # [B, W, M, M]
-        return (logits + self.biases[layer][:, head].float()).softmax(-1)
+        logits = logits + self.biases[layer][:, head].float()
+        hidden = self.hidden[layer]
+        return (logits if hidden is None else logits.masked_fill(hidden, -torch.inf)).softmax(-1)
 
     def _applied(self, layer: int, blocks: Tensor, values: Tensor) -> Tensor:
         """Blocks [B, W, M, M] of a layer times values [1 or B, N, V] on the common grid: [B, N, V]."""

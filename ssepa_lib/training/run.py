@@ -169,11 +169,13 @@ class RunFolder:
         try:
             metadata, classes = self._metadata()
             state = load_file(self.weights)
-            for name, tensor in state.items():
-                if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                    raise ValueError(f"{name} holds {tensor.dtype} or values that are not finite")
             blank = replace(recipe, model=replace(recipe.model, weights="none"))
             network = Network(blank, classes)
+            own = network.state_dict()
+            for name, tensor in state.items():  # the counters of batch norms are integers
+                right = own.get(name, tensor).is_floating_point() == tensor.is_floating_point()
+                if not right or not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} holds {tensor.dtype} or values that are not finite")
             network.load_state_dict(state)
         except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
