@@ -36,7 +36,8 @@ def _recipe(method: str, setup: Setup, weights: Path | None, dry_run: bool) -> R
     settings |= TOY if dry_run else {}
     if setup.data is None:
         return load_recipe(f"shapes/{method}", settings)
-    file = weights / f"{BACKBONES[False]}.safetensors" if weights else None
+    name, _ = BACKBONES["ViT"][False]
+    file = weights / f"{name}.safetensors" if weights else None
     folders = {
         "data.root": str(setup.data),
         "data.train_split": "train",

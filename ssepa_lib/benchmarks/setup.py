@@ -24,10 +24,21 @@ from ssepa_lib.device import describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import Recipe
 
-BACKBONES = {
-    True: "vit_base_patch16_224.orig_in21k_ft_in1k",
-    False: "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+BACKBONES = {  # family → whether it is the published size → model and its name in a table
+    "ViT": {
+        True: ("vit_base_patch16_224.orig_in21k_ft_in1k", "ViT-B/16"),
+        False: ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "ViT-Ti/16"),
+    },
+    "Swin": {
+        True: ("swin_base_patch4_window7_224.ms_in22k_ft_in1k", "Swin-B"),
+        False: ("swin_tiny_patch4_window7_224.ms_in22k_ft_in1k", "Swin-T"),
+    },
 }
+TOYS: dict[str, dict[str, Any]] = {
+    "ViT": {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 2},
+    "Swin": {"img_size": 64, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+}
+STATISTICS = {"ViT": {}, "Swin": {"model.mean": [0.485, 0.456, 0.406], "model.std": [0.229, 0.224, 0.225]}}
 
 
 @dataclass
@@ -73,35 +84,37 @@ class Setup:
         batch: int = 4,
         strategy: str = "matrix_free",
         depth: int = 0,
+        family: str = "ViT",
         changes: Mapping[str, Any] | None = None,
     ) -> Recipe:
         """A recipe at this setup's size with random weights.
 
         Args:
             depth: number of blocks; 0: the backbone's own.
+            family: of backbones, one of `BACKBONES`.
             changes: further settings of the recipe, dotted name → value.
         """
         settings: dict[str, Any] = {
-            "model.backbone": BACKBONES[self.large],
+            "model.backbone": BACKBONES[family][self.large][0],
             "model.weights": "none",
+            **STATISTICS[family],
             "data.crop": self.side,
             "data.batch": batch,
             "affinity.strategy": strategy,
             "train.device": self.device.type,
         }
         if self.quick:
-            small = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 3, "num_heads": 2}
             head = {"local_size": 32, "local_crops": 2, "hidden": 64, "bottleneck": 32, "outputs": 64}
-            settings |= {"model.backbone_args": small} | {f"contrast.{k}": v for k, v in head.items()}
+            settings |= {"model.backbone_args": TOYS[family]} | {f"contrast.{k}": v for k, v in head.items()}
         elif not self.large:
             settings |= {"contrast.local_size": 64, "contrast.hidden": 512, "contrast.bottleneck": 128}
         if depth:
             settings["model.backbone_args"] = {**settings.get("model.backbone_args", {}), "depth": depth}
         return load_recipe(f"voc/{method}", {**settings, **(changes or {})})
 
-    def describe(self, batch: int, side: int = 0, depth: int = 0) -> str:
+    def describe(self, batch: int, side: int = 0, depth: int = 0, family: str = "ViT") -> str:
         """Backbone, image size and batch in words."""
-        name = "toy ViT" if self.quick else "ViT-B/16" if self.large else "ViT-Ti/16"
+        name = f"toy {family}" if self.quick else BACKBONES[family][self.large][1]
         return f"{name}{f', {depth} blocks' if depth else ''}, {side or self.side}², batch {batch}"
 
     def dataset(self) -> SegmentationDataset:

@@ -68,7 +68,7 @@ class HaafObjective(Objective):
         super().__init__(
             {"haaf": recipe.affinity.haaf_weight},
             start=recipe.segmentation_step,
-            needs=("token_label",) if kind == "affinity" else (),
+            needs=("attention", "token_label") if kind == "affinity" else ("attention",),
         )
         self.kind, self.prior = kind, recipe.affinity.haaf_prior
 

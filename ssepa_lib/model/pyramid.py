@@ -142,15 +142,8 @@ def _attention(taps: list[tuple[AttentionTap, Windows]], images: int, grid: Grid
             "the backbone does not use fused attention, so its affinity cannot be read; unset "
             "TIMM_FUSED_ATTN=0 or choose another model.backbone."
         )
-
-    def kept(side: Tensor) -> Tensor:
-        """[B·W, H, M, d] → [B, W, H, M, d]. With a bias that learns, a CPU keeps copies of queries and keys
-        for the backward pass: a view here would keep the values as well."""
-        side = side.detach() if side.is_cuda else side.detach().clone()
-        return side.unflatten(0, (images, -1))
-
     queries, keys = (
-        [kept(side[0]) for side in sides]
+        [side[0].detach().unflatten(0, (images, -1)) for side in sides]  # [B, W, H, M, d]
         for sides in ([tap.queries for tap, _ in taps], [tap.keys for tap, _ in taps])
     )
     biases, hidden = zip(*(_split_bias(tap.biases[0].detach(), images) for tap, _ in taps), strict=True)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,17 @@ class Trainer:
         """All loss terms of one batch at the current step, unweighted."""
         active = [part for part in self.objectives if self.index >= part.start]
         needs = frozenset().union(*(part.needs for part in active))
+        first = [part for part in active if "attention" in part.needs]
         # the seed is that of drop path; crops, masks and views have generators of their own
         drop_path = seeded("drop path", self.recipe.train.seed, self.index, rank_and_world()[0], self.device)
         with drop_path, torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             teacher = None if self.teacher is None else self.teacher.module
             step = take_step(self.network, self.recipe, batch, self.index, self.labeler, needs, teacher)
-            return {name: value for part in active for name, value in part(step).items()}
+            terms = [part(step) for part in first]
+            step.output = replace(step.output, attention=None)  # before the passes over further views
+            terms += [part(step) for part in active if part not in first]
+        found = {name: value for values in terms for name, value in values.items()}
+        return {name: found[name] for name in self.weights if name in found}
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update; returns the detached terms and their weighted sum `loss`."""

@@ -17,6 +17,7 @@ import torch
 from IPython.display import HTML
 from torch import Tensor
 
+from ssepa_lib.benchmarks.backbone_suites import MICRO
 from ssepa_lib.compose import method_title
 from ssepa_lib.data import SegmentationDataset
 from ssepa_lib.evaluation import evaluate
@@ -27,6 +28,7 @@ from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook import lesson
 from ssepa_lib.workbook.haaf_study import uniform_refiner
 from ssepa_lib.workbook.study import samples
+from ssepa_lib.workbook.tables import plus_minus
 
 BASE = "toco"
 COMPARED = {
@@ -162,6 +164,38 @@ def permutation_p(differences: Sequence[float]) -> float:
     patterns = itertools.product((1, -1), repeat=len(size))
     sums = [sum(s * d for s, d in zip(signs, size, strict=True)) for signs in patterns]
     return sum(total >= sum(differences) - 1e-12 for total in sums) / len(sums)
+
+
+def backbone_table(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The micro backbones of the built-in data: what each costs and what it reaches.
+
+    Args:
+        runs: rows of `tables.evidence`; those of `ssepa_plus` on the built-in test stream count.
+        rows: rows of the benchmark `backbones`, from `tables.benchmark`.
+
+    Returns:
+        One row per backbone: parameters, GFLOP of a forward pass, peak memory of a training step (MB) and its
+        time (relative to the ViT's), seeds, and mIoU in percent, mean ± sd over seeds.
+    """
+    table = []
+    test = runs[(runs["preset"] == "shapes") & (runs["method"] == "ssepa_plus") & (runs["split"] == "test")]
+    for name, suffix in MICRO.items():
+        costs = rows[rows["setting"].str.startswith(f"micro {name},")].set_index("name")["value"]
+        found = test[test["variant"] == suffix.strip("/")].drop_duplicates("seed")
+        row = {
+            "backbone": f"micro {name}",
+            "parameters, M": f"{costs['parameters']:.2f}",
+            "GFLOP": f"{costs['forward pass of an image']:.2f}",
+            "memory of a step, MB": f"{costs['peak memory of a step, affinity']:.0f}",
+            "time of a step": costs["step time, affinity"],
+            "seeds": len(found),
+        }
+        outputs = {"CAM": "cam", "refined map": "refined_cam", "pseudo-label": "pseudo_label"}
+        for title, output in {**outputs, "segmentation": "segmentation"}.items():
+            row[title] = plus_minus(found[output].astype(float).mean(), found[output].astype(float).std())
+        table.append(row)
+    first = table[0]["time of a step"]
+    return pd.DataFrame([row | {"time of a step": f"{row['time of a step'] / first:.2f}"} for row in table])
 
 
 def supported(report: Mapping[str, str], numbers: Mapping[str, float]) -> int:

@@ -89,7 +89,7 @@ def steps_at_published_size() -> pd.DataFrame:
     Returns:
         The columns of `published.table_4`.
     """
-    bench, rows = benchmark("published_size.json"), []
+    bench, rows = benchmark("cpu/published_size.json"), []
     peaks = bench[bench["name"].str.startswith("peak memory of a step, ")]
     for _, row in peaks.iterrows():
         name, batch = row["name"].rpartition(", ")[2], int(row["setting"].rpartition(" ")[2])

@@ -153,15 +153,15 @@ def evidence() -> pd.DataFrame:
 
 
 def benchmark(name: str) -> pd.DataFrame:
-    """Rows of a benchmark on a CPU that comes with the project; see `results/cpu/README.md`.
+    """Rows of a benchmark on a CPU that comes with the project; a README beside it says how it was made.
 
     Args:
-        name: a JSON file of `results/cpu/`.
+        name: a JSON file below `results/`, for example "cpu/affinity.json".
 
     Raises:
         UserError: it is not there.
     """
-    path = _committed_file(f"cpu/{name}")
+    path = _committed_file(name)
     return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
