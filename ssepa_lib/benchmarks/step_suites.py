@@ -52,8 +52,8 @@ STACKED = {"stack_layers": ("ssepa", "stack_layers"), "stack_heads": ("ssepa", "
 
 
 def affinity(setup: Setup) -> Iterator[Row]:
-    """A full training step with each strategy against the step without affinity (SS-EPA, Table 4), for a plain
-    ViT, and in windows for a Swin."""
+    """A full training step with each strategy against the step without affinity (SS-EPA, Table 4), for a
+    plain ViT, and in windows for a Swin."""
     for size in (1,) if setup.quick else (1, 2):
         yield from _overheads(setup, size, MATRIX_FREE, "≤ 1.02", "≤ 1.05")
         yield from _overheads(setup, size, STACKED, "", "")

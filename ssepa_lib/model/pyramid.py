@@ -151,8 +151,8 @@ def _attention(taps: list[tuple[AttentionTap, Windows]], images: int, grid: Grid
 
 
 def _split_bias(bias: Tensor, images: int) -> tuple[Tensor, Tensor | None]:
-    """What is added to logits, [1 or B·W, H, M, M], as a bias of all windows [1, H, M, M] and the pairs that a
-    shift or padding hides, bool [W, M, M]; stored apart, they take an H-th of the memory and less.
+    """What is added to logits, [1 or B·W, H, M, M], as a bias of all windows [1, H, M, M] and the pairs that
+    a shift or padding hides, bool [W, M, M]; apart, they take an H-th of the memory and less.
 
     A hidden pair has a bias of −∞ (padding) or one lower by 100 (timm's shift).
     """
