@@ -1,15 +1,19 @@
 """Differences between methods, their noise, and the questions of FSR, on numbers checked by hand."""
 
+import json
 import math
+import statistics
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ssepa_lib.model import Attention
+from ssepa_lib.paths import PROJECT
 from ssepa_lib.recipe import AffinityConfig
 from ssepa_lib.workbook import ablation_study as ablation
-from ssepa_lib.workbook import fsr_study
+from ssepa_lib.workbook import fsr_study, tables
 from ssepa_lib.workbook.ablations import FSR_ARMS
 
 
@@ -155,3 +159,22 @@ def test_missing_arms_say_command_and_time(tmp_path, monkeypatch):
     said = fsr_study.missing_arms("shapes", "mask ratio", [0], device="cpu")
     assert "fsr-r-=-0.1-seed0" in said and """-p 'fsr_tables=["mask ratio"]'`""" in said
     assert " min on " in said or " s on " in said
+
+
+def test_micro_backbones_stand_beside_each_other_with_cost_and_quality():
+    table = ablation.backbone_table(tables.evidence(), tables.benchmark("backbones/bench.json"))
+    assert table["backbone"].tolist() == ["micro ViT", "micro Swin", "micro EfficientFormer"]
+    assert table["seeds"].tolist() == [3, 3, 3] and table["time of a step"][0] == "1.00"
+    folder = PROJECT / "results" / "backbones" / "shapes"
+    found = [
+        json.loads(path.read_text())["test"]["miou"]["segmentation"]
+        for path in sorted(folder.glob("ssepa_plus-swin_micro-seed*/metrics.json"))
+    ]
+    mean, sd = statistics.mean(found), statistics.stdev(found)
+    assert table["segmentation"][1] == f"{mean:.1f} ± {sd:.1f}"
+    weights = PROJECT / "ssepa_lib" / "weights"
+    for name, file in (("Swin", "swin"), ("EfficientFormer", "efficientformer")):
+        state = load_file(weights / f"{file}_micro_shapes.safetensors")
+        count = sum(x.numel() for k, x in state.items() if "running" not in k and "num_batches" not in k)
+        shown = float(table.set_index("backbone")["parameters, M"][f"micro {name}"])
+        assert count / 1e6 == pytest.approx(shown, rel=0.1), "the costs are those of the networks that were run"
