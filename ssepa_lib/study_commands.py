@@ -71,6 +71,7 @@ def study(
     size: Number = None,
     test_time: TestTimes = ("single",),
     run_name: str = "",
+    curve: int = 0,
     changes: Changes = (),
     device: Device = "auto",
     processes: Number = None,
@@ -89,6 +90,7 @@ def study(
         steps: Length of each run; 0: what the recipe says.
         size: Side to which images are resized for scoring, as in evaluate.
         run_name: Added to the names of the folders.
+        curve: How often to score a run while it is trained, on 100 images of the first split; 0: never.
         processes: Worker processes; by default one per GPU, without a GPU one per CPU core.
         shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
     """
@@ -96,16 +98,17 @@ def study(
         raise UserError(
             "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
         )
-    at_least(0, steps=steps, size=size or 0)
+    at_least(0, steps=steps, size=size or 0, curve=curve)
     one_or_more(test_time=test_time)
     scoring = {"test_time": test_time, "size": size}
     options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
-    options |= {"steps": steps, "device": device, "run_name": run_name}
+    options |= {"steps": steps, "device": device, "run_name": run_name, "curve": curve}
     runs, missing = _queue((preset, methods, seeds), options, processes, shard, yes)
     if missing:
         print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
     else:
         write_study(runs, preset, run_name, methods[0], seeds)
+        write_curves(runs, preset, run_name)
 
 
 def _queue(
@@ -147,6 +150,22 @@ def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, see
     write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
     write_text(path.with_suffix(".md"), f"{text}\n")
     print(text, path.with_suffix(".md"), sep="\n\n")
+
+
+def write_curves(runs: "pd.DataFrame", preset: str, run_name: str) -> None:
+    """Draw what the runs of a study reached while they were trained, if they were scored then."""
+    from ssepa_lib.workbook.figures import plot_score_curves, save_figure, use_style
+    from ssepa_lib.workbook.score_curve import mean_curves
+    from ssepa_lib.workbook.study import preset_folder
+
+    own = preset_folder(preset)
+    by_method = runs.groupby("method", sort=False)["run"].unique()
+    curves = mean_curves({method: [own / run for run in found] for method, found in by_method.items()})
+    if len(curves):
+        use_style()
+        path = own / "figures" / f"{'-'.join(filter(None, ('study', run_name)))}-curves.png"
+        save_figure(plot_score_curves(curves).item(0).figure, path)
+        print(path)
 
 
 def study_text(runs: "pd.DataFrame", base: str, seeds: Sequence[int]) -> str:

@@ -177,4 +177,4 @@ def test_micro_backbones_stand_beside_each_other_with_cost_and_quality():
         state = load_file(weights / f"{file}_micro_shapes.safetensors")
         count = sum(x.numel() for k, x in state.items() if "running" not in k and "num_batches" not in k)
         shown = float(table.set_index("backbone")["parameters, M"][f"micro {name}"])
-        assert count / 1e6 == pytest.approx(shown, rel=0.1), "the costs are those of the networks that were run"
+        assert count / 1e6 == pytest.approx(shown, rel=0.1), "the costs are those of these networks"

@@ -30,6 +30,7 @@ from ssepa_lib.paths import variables_set
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder, find_finished, find_run
 from ssepa_lib.training.trainer import train
+from ssepa_lib.workbook.score_curve import ScoreCurve
 
 PAUSE = 2.0  # seconds before a run that another process has claimed is tried again
 
@@ -46,11 +47,13 @@ class Job:
         recipe: what to train.
         folder: where, unless a run of the same recipe lies beside it.
         splits: split → options of `evaluate_run`.
+        curve: how often it is scored on the first of these splits while it is trained; see `ScoreCurve`.
     """
 
     recipe: Recipe
     folder: Path
     splits: Mapping[str, Mapping[str, Any]]
+    curve: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def perform(job: Job, report: Report, processes: int | None = None) -> Outcome:
     """
     name = job.folder.name
     with FolderLock(job.folder.parent, f".{job.recipe.hash()}.lock"):
-        folder = train(job.recipe, find_run(job.recipe, job.folder), on_step=partial(report, name))
+        folder = find_run(job.recipe, job.folder)
+        watch = ScoreCurve(job.recipe, folder, job.curve, next(iter(job.splits))) if job.curve else None
+        train(job.recipe, folder, on_step=partial(report, name), watch=watch)
         results = {}
         for split, options in job.splits.items():
 

@@ -153,6 +153,7 @@ def study_jobs(
     run_name: str = "",
     changes: Mapping[str, Any] | None = None,
     arms: Mapping[str, Mapping[str, Any]] | None = None,
+    curve: int = 0,
 ) -> dict[tuple[int, str, str], Job]:
     """The runs of a study, by seed, method and arm; for the arguments see `run_study`."""
     jobs = {}
@@ -160,7 +161,7 @@ def study_jobs(
         variant = "-".join(filter(None, (run_name, arm.replace(" ", "-"))))
         both = {**(changes or {}), **own}
         recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device, changes=both)
-        jobs[seed, method, arm] = Job(recipe, run_folder(preset, method, seed, variant), splits)
+        jobs[seed, method, arm] = Job(recipe, run_folder(preset, method, seed, variant), splits, curve)
     return jobs
 
 
@@ -175,6 +176,7 @@ def run_study(
     run_name: str = "",
     changes: Mapping[str, Any] | None = None,
     arms: Mapping[str, Mapping[str, Any]] | None = None,
+    curve: int = 0,
     progress: Callable[[str], OnStep] | None = None,
     report: Report | None = None,
     processes: int = 1,
@@ -189,6 +191,7 @@ def run_study(
         splits: split → options of `evaluate_run` (images, outputs, test_time, …).
         changes: recipe overrides of every run.
         arms: name → further overrides; None: every method once.
+        curve: how often every run is scored while it is trained, on the first split; see `ScoreCurve`.
         progress: makes the `on_step` callback of a run from its label.
         report: takes every report of the queue in place of `progress`; see `queue.Report`.
         processes: worker processes; 1: everything in this one.
@@ -202,7 +205,7 @@ def run_study(
         UserError: see `run_jobs`.
     """
     options = {"splits": splits, "steps": steps, "device": device, "run_name": run_name}
-    jobs = study_jobs(preset, methods, seeds, **options, changes=changes, arms=arms)
+    jobs = study_jobs(preset, methods, seeds, **options, changes=changes, arms=arms, curve=curve)
     own = share(jobs, shard)
     outcomes = dict(zip(own, run_jobs(list(own.values()), report or bars(progress), processes), strict=True))
     rows = []

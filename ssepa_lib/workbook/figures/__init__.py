@@ -4,7 +4,12 @@ Images, maps, tables and results come in; axes go out. Functions that begin with
 are given, or on new ones, and return them; none of them calls `show`. The style is set once by `use_style`.
 """
 
-from ssepa_lib.workbook.figures.curves import plot_learning_curves, plot_scaling_curves, plot_threshold_curve
+from ssepa_lib.workbook.figures.curves import (
+    plot_learning_curves,
+    plot_scaling_curves,
+    plot_score_curves,
+    plot_threshold_curve,
+)
 from ssepa_lib.workbook.figures.data import plot_card, plot_parts, plot_samples
 from ssepa_lib.workbook.figures.forest import plot_forest
 from ssepa_lib.workbook.figures.heads import (
@@ -101,6 +106,7 @@ __all__ = [
     "plot_runs",
     "plot_samples",
     "plot_scaling_curves",
+    "plot_score_curves",
     "plot_threshold_curve",
     "save_figure",
     "use_style",

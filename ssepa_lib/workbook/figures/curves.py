@@ -81,6 +81,28 @@ def _plot_term(tables: Mapping[str, pd.DataFrame], term: str, smooth: int, ax: A
     ax.ticklabel_format(axis="y", scilimits=(-2, 3))
 
 
+def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
+    """What methods reach while they are trained: one panel per output, one line per method.
+
+    Args:
+        curves: from `score_curve.mean_curves`.
+
+    Returns:
+        Axes of the panels.
+    """
+    outputs = [name for name in OUTPUT_NAMES if name in curves and curves[name].notna().any()]
+    figure, axes = plt.subplots(1, len(outputs), figsize=(2.6 * len(outputs), 2.8), squeeze=False)
+    for ax, output in zip(axes[0], outputs, strict=True):
+        for method, rows in curves.groupby("method", sort=False):
+            shown = rows.dropna(subset=[output])
+            ax.plot(shown["step"], shown[output], label=method, linewidth=1.4, marker="o", markersize=3)
+        ax.set(title=OUTPUT_NAMES[output], xlabel="step")
+    axes[0, 0].set_ylabel("mIoU, %")
+    entries = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=4)
+    return axes[0]
+
+
 def plot_threshold_curve(
     results: Mapping[str, dict], outputs: Sequence[str] = ("cam", "refined_cam"), ax: Axes | None = None
 ) -> Axes:
