@@ -161,6 +161,20 @@ def test_missing_arms_say_command_and_time(tmp_path, monkeypatch):
     assert " min on " in said or " s on " in said
 
 
+def test_gains_are_those_of_one_setting_each():
+    strong = runs_of({"toco": [30.0, 32.0], "ssepa": [31.0, 31.0], "ssepa_plus": [33.0, 34.0]})
+    weak = runs_of({"toco": [10.0], "ssepa": [20.0], "mcc": [5.0]})
+    runs = pd.concat([strong.assign(preset="b"), weak.assign(preset="a")])
+    table = ablation.gains_by_setting(runs, {"weak": "a", "strong": "b"}, "segmentation")
+    assert table["method"].tolist() == ["ToCo", "HAAF"], "the others are not in both settings"
+    assert table["weak"].tolist() == ["10.0", "20.0"] and table["strong"].tolist() == [
+        "31.0 ± 1.4",
+        "31.0 ± 0.0",
+    ]
+    assert table["weak, gain"].tolist() == ["", "+10.0 (1 seed)"]
+    assert table["strong, gain"].tolist() == ["", "+1.0, -1.0 (2 seeds)"]
+
+
 def test_micro_backbones_stand_beside_each_other_with_cost_and_quality():
     table = ablation.backbone_table(tables.evidence(), tables.benchmark("backbones/bench.json"))
     assert table["backbone"].tolist() == ["micro ViT", "micro Swin", "micro EfficientFormer"]

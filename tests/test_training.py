@@ -123,6 +123,22 @@ def test_training_learns_and_reports(tiny, tmp_path):
     assert again == recipe and network.classes == build_dataset(recipe.data, "train").classes
 
 
+@pytest.mark.parametrize("method", ["ssepa", "afa", "ssepa_plus_mean"])
+def test_attention_is_gone_once_nobody_needs_it(tiny, trainer_for, method):
+    """Its queries and keys would be held through the passes over further views."""
+    recipe = tiny(method, **{"losses.segmentation_start": 0.0, "affinity.start": 0.0})
+    trainer, batches = trainer_for(recipe)
+    seen = []
+    for part in trainer.objectives:
+        part.register_forward_pre_hook(
+            lambda part, args: seen.append(("attention" in part.needs, args[0].output.attention is not None))
+        )
+    terms = trainer.step(next(batches))
+    assert list(terms) == ["loss", *trainer.weights] and len(seen) == len(trainer.objectives)
+    assert all(there for needed, there in seen if needed)
+    assert not any(there for needed, there in seen if not needed)
+
+
 def test_history_averages_a_term_over_the_steps_that_had_it(tiny, tmp_path):
     recipe, seen = tiny(**{"train.steps": 4, "train.log_every": 4, "losses.segmentation_start": 0.5}), []
     train(recipe, tmp_path / "whole", on_step=seen.append)

@@ -110,6 +110,32 @@ def committed_differences(runs: pd.DataFrame, worlds: Mapping[str, str]) -> pd.D
     return pd.concat(found, ignore_index=True).drop_duplicates(keys, ignore_index=True)
 
 
+def gains_by_setting(runs: pd.DataFrame, worlds: Mapping[str, str], output: str) -> pd.DataFrame:
+    """What methods reach in several settings, and what each gains there on the method it extends.
+
+    Args:
+        runs: rows of `tables.evidence` without variants; the validation split counts.
+        worlds: name of a setting → preset.
+        output: a column of mIoU.
+
+    Returns:
+        One row per method that every setting has, and per setting its value and its gain in words.
+    """
+    values = {
+        world: _by_method(runs[runs["preset"] == preset], "val", output) for world, preset in worlds.items()
+    }
+    methods = [m for m in (BASE, *COMPARED) if all(m in by_method for by_method in values.values())]
+    rows = []
+    for method in methods:
+        row = {"method": short_name(method)}
+        for world, by_method in values.items():
+            base = base_of(method, methods)
+            row[world] = plus_minus(by_method[method].mean(), by_method[method].std())
+            row[f"{world}, gain"] = "" if base is None else in_words(by_method[method] - by_method[base])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def _by_method(runs: pd.DataFrame, split: str, output: str) -> dict[str, pd.Series]:
     """Method → value of every seed on a split."""
     if output not in runs:
