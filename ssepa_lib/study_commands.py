@@ -95,9 +95,7 @@ def study(
         shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
     """
     if not (methods and seeds and splits):
-        raise UserError(
-            "study needs one or more methods, seeds and splits: study shapes toco ssepa --seeds 0 1."
-        )
+        raise UserError("study needs methods, seeds and splits: study shapes toco ssepa --seeds 0 1.")
     at_least(0, steps=steps, size=size or 0, curve=curve)
     one_or_more(test_time=test_time)
     scoring = {"test_time": test_time, "size": size}
@@ -108,7 +106,6 @@ def study(
         print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
     else:
         write_study(runs, preset, run_name, methods[0], seeds)
-        write_curves(runs, preset, run_name)
 
 
 def _queue(
@@ -142,6 +139,7 @@ def _queue(
 def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:
     """Write the tables of a study as CSV and Markdown, and print them."""
     from ssepa_lib.files import write_csv, write_text
+    from ssepa_lib.workbook.score_curve import draw_curves
     from ssepa_lib.workbook.study import preset_folder
 
     path = preset_folder(preset) / "tables" / "-".join(filter(None, ("study", run_name)))
@@ -149,23 +147,7 @@ def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, see
     table = runs.drop(columns="settings")
     write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
     write_text(path.with_suffix(".md"), f"{text}\n")
-    print(text, path.with_suffix(".md"), sep="\n\n")
-
-
-def write_curves(runs: "pd.DataFrame", preset: str, run_name: str) -> None:
-    """Draw what the runs of a study reached while they were trained, if they were scored then."""
-    from ssepa_lib.workbook.figures import plot_score_curves, save_figure, use_style
-    from ssepa_lib.workbook.score_curve import mean_curves
-    from ssepa_lib.workbook.study import preset_folder
-
-    own = preset_folder(preset)
-    by_method = runs.groupby("method", sort=False)["run"].unique()
-    curves = mean_curves({method: [own / run for run in found] for method, found in by_method.items()})
-    if len(curves):
-        use_style()
-        path = own / "figures" / f"{'-'.join(filter(None, ('study', run_name)))}-curves.png"
-        save_figure(plot_score_curves(curves).item(0).figure, path)
-        print(path)
+    print(text, path.with_suffix(".md"), *draw_curves(runs, preset_folder(preset), path.name), sep="\n\n")
 
 
 def study_text(runs: "pd.DataFrame", base: str, seeds: Sequence[int]) -> str:

@@ -95,7 +95,7 @@ def test_haaf_writes_its_table_and_figure(run, tmp_path, capsys):
         (["recipe", "--explain", "model.backbon"], "did you mean model.backbone?"),
         (["data", "voc", "sbd"], "data verify"),
         (["data", "mnist"], "mnist"),
-        (["study", "shapes"], "one or more methods"),
+        (["study", "shapes"], "study needs methods"),
         (["study", "shapes", "toco", "--seeds"], "seeds"),
         (["study", "shapes", "toco", "--processes", "0"], "must be 1 or more"),
         (["study", "shapes", "tocoo"], "no method 'tocoo'"),

@@ -24,8 +24,8 @@ from ssepa_lib.files import write_csv
 from ssepa_lib.model.backbone import build_backbone
 from ssepa_lib.recipe import ModelConfig, Recipe
 from ssepa_lib.training import Trainer
+from ssepa_lib.workbook.ablations import MICRO
 
-MICRO = {"ViT": "", "Swin": "/swin_micro", "EfficientFormer": "/efficientformer_micro"}
 METHODS = {"affinity": "ssepa_plus", "none": "toco"}
 GROWING = {  # of about the same size
     "ViT-S": "vit_small_patch16_224",

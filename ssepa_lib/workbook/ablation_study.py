@@ -17,7 +17,6 @@ import torch
 from IPython.display import HTML
 from torch import Tensor
 
-from ssepa_lib.benchmarks.backbone_suites import MICRO
 from ssepa_lib.compose import method_title
 from ssepa_lib.data import SegmentationDataset
 from ssepa_lib.evaluation import evaluate
@@ -26,6 +25,7 @@ from ssepa_lib.labels import Refiner, multi_scale_cam
 from ssepa_lib.model import Attention, Network, PatchAffinity
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook import lesson
+from ssepa_lib.workbook.ablations import MICRO
 from ssepa_lib.workbook.haaf_study import uniform_refiner
 from ssepa_lib.workbook.study import samples
 from ssepa_lib.workbook.tables import plus_minus
@@ -200,7 +200,7 @@ def backbone_table(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         rows: rows of the benchmark `backbones`, from `tables.benchmark`.
 
     Returns:
-        One row per backbone: parameters, GFLOP of a forward pass, peak memory of a training step (MB) and its
+        One row per backbone: parameters, GFLOP of a forward pass, peak memory of a step (MB) and its
         time (relative to the ViT's), seeds, and mIoU in percent, mean ± sd over seeds.
     """
     table = []

@@ -1,4 +1,4 @@
-"""The questions of FSR's ablations, each as arms: name → recipe overrides on top of `fsr`."""
+"""What is compared beside the methods: FSR's arms, name → recipe overrides on top of `fsr`, and backbones."""
 
 from typing import Any
 
@@ -10,3 +10,5 @@ FSR_ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "augmentation": {a: {"reinforce.augmentation": a} for a in ("none", "blur", "solarise", "autoaugment")},
     "views": {v: {"data.views": v} for v in ("toco", "fsr")},
 }
+MICRO = {"ViT": "", "Swin": "/swin_micro", "EfficientFormer": "/efficientformer_micro"}
+"""The backbones of the built-in data: family → what is added to the name of a method."""

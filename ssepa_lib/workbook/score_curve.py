@@ -92,3 +92,26 @@ def mean_curves(folders: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
             tables.append(mean.assign(method=method, seeds=len(curves)))
     columns = ["method", "seeds", "step", *SCORED]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def draw_curves(runs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Draw what the runs of a study reached while they were trained.
+
+    Args:
+        runs: from `run_study`.
+        folder: of the preset, which holds the runs.
+        name: of the study; the figure is `figures/<name>-curves.png`.
+
+    Returns:
+        The file that was written; none where no run was scored while it was trained.
+    """
+    from ssepa_lib.workbook.figures import plot_score_curves, save_figure, use_style
+
+    by_method = runs.groupby("method", sort=False)["run"].unique()
+    curves = mean_curves({method: [folder / run for run in found] for method, found in by_method.items()})
+    if curves.empty:
+        return []
+    use_style()
+    path = folder / "figures" / f"{name}-curves.png"
+    save_figure(plot_score_curves(curves).item(0).figure, path)
+    return [path]

@@ -210,9 +210,8 @@ def run_study(
     outcomes = dict(zip(own, run_jobs(list(own.values()), report or bars(progress), processes), strict=True))
     rows = []
     for key, job in jobs.items():
-        outcome = outcomes.get(key) or stored_outcome(job)
+        outcome, (_, method, arm) = outcomes.get(key) or stored_outcome(job), key
         for result in outcome.results.values() if outcome else ():
-            _, method, arm = key
             named = result | {"setting": result["setting"] | {"method": method}}
             rows.append(result_row(outcome.run, preset, arm or run_name, named))
     return pd.DataFrame(rows)
