@@ -167,6 +167,7 @@ def test_gains_are_those_of_one_setting_each():
     runs = pd.concat([strong.assign(preset="b"), weak.assign(preset="a")])
     table = ablation.gains_by_setting(runs, {"weak": "a", "strong": "b"}, "segmentation")
     assert table["method"].tolist() == ["ToCo", "HAAF"], "the others are not in both settings"
+    assert table["extends"].tolist() == ["", "ToCo"]
     assert table["weak"].tolist() == ["10.0", "20.0"] and table["strong"].tolist() == [
         "31.0 ± 1.4",
         "31.0 ± 0.0",
@@ -178,7 +179,7 @@ def test_gains_are_those_of_one_setting_each():
 def test_micro_backbones_stand_beside_each_other_with_cost_and_quality():
     table = ablation.backbone_table(tables.evidence(), tables.benchmark("backbones/bench.json"))
     assert table["backbone"].tolist() == ["micro ViT", "micro Swin", "micro EfficientFormer"]
-    assert table["seeds"].tolist() == [3, 3, 3] and table["time of a step"][0] == "1.00"
+    assert table["seeds"].tolist() == [3, 3, 3] and table["time"][0] == "1.00"
     folder = PROJECT / "results" / "backbones" / "shapes"
     found = [
         json.loads(path.read_text())["test"]["miou"]["segmentation"]
@@ -190,5 +191,5 @@ def test_micro_backbones_stand_beside_each_other_with_cost_and_quality():
     for name, file in (("Swin", "swin"), ("EfficientFormer", "efficientformer")):
         state = load_file(weights / f"{file}_micro_shapes.safetensors")
         count = sum(x.numel() for k, x in state.items() if "running" not in k and "num_batches" not in k)
-        shown = float(table.set_index("backbone")["parameters, M"][f"micro {name}"])
+        shown = float(table.set_index("backbone")["M"][f"micro {name}"])
         assert count / 1e6 == pytest.approx(shown, rel=0.1), "the costs are those of these networks"

@@ -119,7 +119,7 @@ def gains_by_setting(runs: pd.DataFrame, worlds: Mapping[str, str], output: str)
         output: a column of mIoU.
 
     Returns:
-        One row per method that every setting has, and per setting its value and its gain in words.
+        One row per method that every setting has: what it extends, and per setting its value and its gain.
     """
     values = {
         world: _by_method(runs[runs["preset"] == preset], "val", output) for world, preset in worlds.items()
@@ -127,9 +127,9 @@ def gains_by_setting(runs: pd.DataFrame, worlds: Mapping[str, str], output: str)
     methods = [m for m in (BASE, *COMPARED) if all(m in by_method for by_method in values.values())]
     rows = []
     for method in methods:
-        row = {"method": short_name(method)}
+        base = base_of(method, methods)
+        row = {"method": short_name(method), "extends": "" if base is None else short_name(base)}
         for world, by_method in values.items():
-            base = base_of(method, methods)
             row[world] = plus_minus(by_method[method].mean(), by_method[method].std())
             row[f"{world}, gain"] = "" if base is None else in_words(by_method[method] - by_method[base])
         rows.append(row)
@@ -200,7 +200,7 @@ def backbone_table(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         rows: rows of the benchmark `backbones`, from `tables.benchmark`.
 
     Returns:
-        One row per backbone: parameters, GFLOP of a forward pass, peak memory of a step (MB) and its
+        One row per backbone: parameters (M), GFLOP of a forward pass, peak memory of a step (MB) and its
         time (relative to the ViT's), seeds, and mIoU in percent, mean ± sd over seeds.
     """
     table = []
@@ -210,18 +210,18 @@ def backbone_table(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         found = test[test["variant"] == suffix.strip("/")].drop_duplicates("seed")
         row = {
             "backbone": f"micro {name}",
-            "parameters, M": f"{costs['parameters']:.2f}",
+            "M": f"{costs['parameters']:.2f}",
             "GFLOP": f"{costs['forward pass of an image']:.2f}",
-            "memory of a step, MB": f"{costs['peak memory of a step, affinity']:.0f}",
-            "time of a step": costs["step time, affinity"],
+            "MB": f"{costs['peak memory of a step, affinity']:.0f}",
+            "time": costs["step time, affinity"],
             "seeds": len(found),
         }
         outputs = {"CAM": "cam", "refined map": "refined_cam", "pseudo-label": "pseudo_label"}
         for title, output in {**outputs, "segmentation": "segmentation"}.items():
             row[title] = plus_minus(found[output].astype(float).mean(), found[output].astype(float).std())
         table.append(row)
-    first = table[0]["time of a step"]
-    return pd.DataFrame([row | {"time of a step": f"{row['time of a step'] / first:.2f}"} for row in table])
+    first = table[0]["time"]
+    return pd.DataFrame([row | {"time": f"{row['time'] / first:.2f}"} for row in table])
 
 
 def supported(report: Mapping[str, str], numbers: Mapping[str, float]) -> int:
