@@ -138,7 +138,7 @@ class OptimConfig(Section, key="optim"):
     head_lr_factor: Annotated[float, Field(ge=0, le=100_000)] = 10.0
     """The same for classifiers, decoder and projection head, as a multiple of it."""
     classifier_lr_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """The same for both classifiers, as a multiple of the heads'; a frozen backbone wants more."""
+    """The same for both classifiers, as a multiple of the heads'; short and frozen runs want more."""
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.01
     """Weight decay of AdamW."""
     decay_all: bool = True

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -239,6 +240,10 @@ def test_cached_features_share_their_biases(tiny):
     shared = [(first.biases, again.biases), (first.hidden, again.hidden)]
     assert all(a is b for ours, theirs in shared for a, b in zip(ours, theirs, strict=True))
     assert first.hidden[0].any(), "windows of 3 do not divide a grid of 8"
+    known = {}
+    first.sharing(known)
+    coarse = replace(first, biases=[bias.bfloat16() for bias in first.biases]).sharing(known)
+    assert {bias.dtype for bias in coarse.biases} == {torch.bfloat16}, "another precision is not shared"
     torch.testing.assert_close(PatchAffinity(first).dense(), PatchAffinity(again).dense())
     assert network.backbone.cache is None
 

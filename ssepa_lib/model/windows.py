@@ -100,12 +100,15 @@ class WindowedAttention(Attention):
         return self.grid[0] * self.grid[1]
 
     def sharing(self, known: dict[Hashable, Tensor]) -> "WindowedAttention":
-        """The same attention with biases and hidden pairs that images of one size share."""
-
-        def shared(name: str) -> list[Tensor | None]:
-            return [known.setdefault((self.grid, name, i), x) for i, x in enumerate(getattr(self, name))]
-
-        return replace(self, biases=shared("biases"), hidden=shared("hidden"))
+        """The same attention with biases and hidden pairs that images of one size and precision share."""
+        biases = [
+            known.setdefault((self.grid, layer, bias.dtype), bias) for layer, bias in enumerate(self.biases)
+        ]
+        hidden = [
+            None if pairs is None else known.setdefault((self.grid, layer, pairs.dtype), pairs)
+            for layer, pairs in enumerate(self.hidden)
+        ]
+        return replace(self, biases=biases, hidden=hidden)
 
     def block(self, layer: int, head: int) -> Tensor:
         """The attention of one head within every window, [B, W, M, M], float32; rows sum to one."""

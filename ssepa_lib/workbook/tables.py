@@ -156,7 +156,7 @@ def benchmark(name: str) -> pd.DataFrame:
     """Rows of a benchmark on a CPU that comes with the project; a README beside it says how it was made.
 
     Args:
-        name: a JSON file below `results/`, for example "cpu/affinity.json".
+        name: a JSON file below `results/`, for example "cpu/published_size.json".
 
     Raises:
         UserError: it is not there.
