@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.private_api import amx_available
+from ssepa_lib.private_api import cpu_multiplies_bf16
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -32,10 +32,11 @@ def cores() -> int:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself (CUDA from Ampere on, CPUs with AMX)."""
+    """Whether the hardware multiplies bfloat16 matrices itself (CUDA from Ampere on; CPUs with AMX or AVX-512
+    BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return amx_available()
+    return cpu_multiplies_bf16()
 
 
 def precision(setting: str, device: torch.device) -> str:

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 NAMES = {
     "torch.nn.Module": ("_call_impl", "_compiled_call_impl"),
-    "torch.cpu": ("_is_amx_tile_supported",),
+    "torch.cpu": ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
     "torch.Tensor": ("_version",),
     "timm.models.vision_transformer.VisionTransformer": ("_pos_embed",),
 }  # import path → private attributes used here
 
 
-def amx_available() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware (Intel AMX)."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16)."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return any(probe is not None and probe() for probe in (amx, avx512))
 
 
 def is_compiled(module: nn.Module) -> bool:

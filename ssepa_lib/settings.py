@@ -192,7 +192,9 @@ class AffinityConfig(Section, key="affinity"):
     haaf_prior: Weight = 0.0
     """Weight, within that term, of the Kullback-Leibler divergence of the weights from equal weights."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
-    """How many times the affinity is applied to a map (paper: once)."""
+    """How many times the affinity is applied to a map, at most (paper: once)."""
+    coverage: Fraction = 0.0
+    """Apply it again only to maps whose mean, scaled to 0..1, is below this share; 0: to all."""
     balance: bool = False
     """Divide the columns of the affinity, then its rows, by their sums, and symmetrise it."""
     deflate: bool = False
@@ -218,7 +220,7 @@ class AffinityConfig(Section, key="affinity"):
             raise UserError(
                 "affinity.haaf_prior needs an objective; set affinity.haaf_objective, or the prior to 0."
             )
-        for name in ("balance", "deflate"):
+        for name in ("balance", "deflate", "coverage"):
             if getattr(self, name) and self.kind in ("none", "learned"):
                 raise UserError(f"affinity.{name} needs an affinity; set affinity.kind to mean or haaf.")
         if self.kind == "learned" and (self.per_scale or self.auxiliary):
@@ -226,6 +228,8 @@ class AffinityConfig(Section, key="affinity"):
                 "affinity.kind learned propagates the main CAM once; set affinity.per_scale and "
                 "affinity.auxiliary to false."
             )
+        if self.coverage and self.iterations == 1:
+            raise UserError("affinity.coverage limits repetitions; set affinity.iterations to 2 or more.")
         if self.balance and self.attention == "logits":
             raise UserError("affinity.balance needs probabilities; set affinity.attention to probabilities.")
 

@@ -1,5 +1,6 @@
 """Calibration, deflation and balance of maps against slow versions, and on degenerate input."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.labels import Refiner, multi_scale_cam
 from ssepa_lib.labels.calibrate import BINS, calibrate, otsu_threshold
 from ssepa_lib.model import Attention, PatchAffinity, build_network
+from ssepa_lib.model.affinity import covered
 
 
 def slow_otsu(values: np.ndarray) -> float:
@@ -120,10 +122,40 @@ def test_balance_leaves_padding_out():
     assert torch.equal(nothing, torch.zeros(1, 9, 2))
 
 
+@pytest.mark.parametrize("options", [{}, {"balance": True}, {"strategy": "stack_layers"}])
+def test_maps_that_cover_enough_are_not_multiplied_again(options):
+    qk, limit = attention(), 0.45
+    cam = torch.rand(2, 9, 4) ** 3
+    cam[0, :, 0] = 0.0
+    valid = torch.ones(2, 9)
+    valid[0, 6:] = 0
+    once = PatchAffinity(qk, valid=valid, **options)
+    matrix, found = once.dense(), PatchAffinity(qk, iterations=3, coverage=limit, valid=valid, **options) @ cam
+    lengths = set()
+    for b, c in itertools.product(range(2), range(4)):
+        column, times = matrix[b] @ cam[b, :, c], 1
+        while times < 3:
+            inside = column[valid[b] == 1]
+            scaled = (inside - inside.min()) / max(float(inside.max() - inside.min()), 1e-9)
+            if scaled.mean() >= limit:
+                break
+            column, times = matrix[b] @ column, times + 1
+        lengths.add(times)
+        assert torch.allclose(found[b, :, c], column, atol=1e-6)
+    assert len(lengths) > 1, "some maps spread further than others"
+
+
+def test_coverage_of_degenerate_maps():
+    assert covered(torch.zeros(1, 4, 1)).item() == 0 == covered(torch.ones(1, 1, 1)).item()
+    assert covered(torch.rand(1, 4, 1), torch.zeros(1, 4)).isfinite().all()
+    half = torch.tensor([1.0, 1, 0, 0, 9]).view(1, 5, 1)
+    assert covered(half, torch.tensor([[1.0, 1, 1, 1, 0]])).item() == 0.5
+
+
 def test_one_patch_alone():
     qk = attention(batch=1, patches=3)
     single = Attention([q[:, :, :2] for q in qk.queries], [k[:, :, :2] for k in qk.keys], 1, (1, 1))
-    for options in ({"deflate": True}, {"balance": True, "iterations": 3}):
+    for options in ({"deflate": True}, {"balance": True, "iterations": 3, "coverage": 0.25}):
         assert torch.isfinite(PatchAffinity(single, **options) @ torch.ones(1, 1, 2)).all()
 
 

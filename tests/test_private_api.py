@@ -60,6 +60,12 @@ def test_positions_of_a_plain_vision_transformer():
     assert not embeds_positions(torch.nn.Linear(1, 1))
 
 
-def test_a_cpu_without_the_probe_has_no_amx(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    assert not private_api.amx_available()
+def test_a_cpu_multiplies_bf16_where_one_of_torchs_probes_says_so(monkeypatch):
+    old, new = private_api.NAMES["torch.cpu"]
+    monkeypatch.delattr(torch.cpu, old, raising=False)
+    monkeypatch.delattr(torch.cpu, new, raising=False)
+    assert not private_api.cpu_multiplies_bf16(), "a version of torch without probes"
+    monkeypatch.setattr(torch.cpu, new, lambda: True, raising=False)
+    assert private_api.cpu_multiplies_bf16()
+    monkeypatch.setattr(torch.cpu, new, lambda: False)
+    assert not private_api.cpu_multiplies_bf16()

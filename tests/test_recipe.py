@@ -127,6 +127,7 @@ def test_published_schedule():
             {"affinity.kind": "none", "affinity.haaf_objective": "none", "affinity.deflate": True},
             "deflate needs",
         ),
+        ({"affinity.coverage": 0.3}, "set affinity.iterations to 2 or more"),
         ({"contrast.outputs": 0}, "contrast.outputs"),
         ({"contrast.temperature": 0.0}, "contrast.temperature"),
         ({"reinforce.mask_block": 0}, "reinforce.mask_block"),

@@ -103,8 +103,11 @@ def _propagated(maps: list[Tensor], matrix: Tensor, refiner: Refiner) -> list[Te
 
     def propagate(m: Tensor) -> Tensor:
         flat = m.relu().flatten(2).transpose(1, 2)  # [B, N, C]
-        for _ in range(refiner.config.iterations):
-            flat = matrix @ flat
+        for done in range(refiner.config.iterations):
+            low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+            share = ((flat - low) / (high - low).clamp_min(1e-9)).mean(1, keepdim=True)
+            enough = done > 0 and 0 < refiner.config.coverage
+            flat = torch.where(share >= refiner.config.coverage, flat, matrix @ flat) if enough else matrix @ flat
         return flat.transpose(1, 2).unflatten(2, m.shape[-2:])
 
     main, auxiliary = maps

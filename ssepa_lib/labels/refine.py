@@ -39,8 +39,9 @@ class Refiner:
         c = self.config
         if self.head is not None:
             return self.spread(attention)
-        if valid is not None:  # padding matters to these two alone
-            valid = mostly_inside(valid, attention.grid) if c.balance or c.deflate else None  # [B, N]
+        if valid is not None:  # padding matters to these alone
+            sees_padding = c.balance or c.deflate or c.coverage
+            valid = mostly_inside(valid, attention.grid) if sees_padding else None  # [B, N]
         return PatchAffinity(
             attention,
             weigh=self.haaf,
@@ -49,6 +50,7 @@ class Refiner:
             descriptor=c.descriptor,
             pooling=c.pooling,
             iterations=c.iterations,
+            coverage=c.coverage,
             balance=c.balance,
             deflate=c.deflate,
             valid=valid,

@@ -70,6 +70,23 @@ class LayerWeights(nn.Module):
         return self.weights.to(descriptor.device).expand_as(descriptor)
 
 
+def covered(maps: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How much of the image maps cover: their mean over the patches after min-max scaling.
+
+    Args:
+        maps: [B, N, C], no value below 0.
+        valid: [B, N], 1 on the image, 0 on padding, which does not count; None: no padding.
+
+    Returns:
+        [B, 1, C] in 0..1; 0 for a constant map.
+    """
+    area = torch.ones_like(maps[:, :, :1]) if valid is None else valid[:, :, None].to(maps.dtype)
+    low = maps.masked_fill(area == 0, torch.inf).amin(1, keepdim=True)
+    high = (maps * area).amax(1, keepdim=True)
+    scaled = (maps - low) / (high - low).clamp_min(1e-9)
+    return (scaled.clamp(0, 1) * area).sum(1, keepdim=True) / area.sum(1, keepdim=True).clamp_min(1)
+
+
 class PatchAffinity:
     """Patch affinity A = (1/K) Σ_k w_k · mean_h A_kh without the prefix tokens' rows and columns (SS-EPA, Eq.
     5 to 7).
@@ -84,7 +101,10 @@ class PatchAffinity:
             "stack_heads" stacks every head [B, K, H, P+N, P+N]. The numbers are the same, the memory is not.
         descriptor: "full" pools the (P+N)² map, "patch" the patch-to-patch block.
         pooling: "mean" or "max" over that map.
-        iterations: how often the map is multiplied.
+        iterations: how often the map is multiplied, at most.
+        coverage: after the first multiplication, multiply further only those maps whose mean over the patches,
+            min-max scaled, is below this share, 0..1; 0: all of them. A map that covers little has to spread,
+            one that covers much would only lose its shape.
         balance: multiply by S = (B + Bᵀ)/2 in the place of A, where B is A with its columns and then its
             rows divided by their sums. Softmax normalises rows alone, so that patches which everybody
             attends to dominate; S gives every patch about the same weight, and passes a map in both
@@ -92,7 +112,8 @@ class PatchAffinity:
             matrix [B, N, N], built layer by layer.
         deflate: after the last multiplication subtract the mean over the patches, then ReLU. A row-stochastic
             affinity pulls every map towards the constant one; deflation removes that component.
-        valid: [B, N], 1 on the image, 0 on padding, which deflation leaves out; None: no padding.
+        valid: [B, N], 1 on the image, 0 on padding, which balance, coverage and deflation leave out; None: no
+            padding.
     """
 
     def __init__(
@@ -105,13 +126,14 @@ class PatchAffinity:
         descriptor: str = "patch",
         pooling: str = "mean",
         iterations: int = 1,
+        coverage: float = 0.0,
         balance: bool = False,
         deflate: bool = False,
         valid: Tensor | None = None,
     ):
         self.attention, self.weigh = attention, weigh
-        self.iterations, self.deflate, self.valid = iterations, deflate, valid
-        self.balance = balance
+        self.iterations, self.coverage = iterations, coverage
+        self.balance, self.deflate, self.valid = balance, deflate, valid
         self.pooling = pooling
         self.probabilities = kind == "probabilities"
         self.strategy = strategy
@@ -195,17 +217,25 @@ class PatchAffinity:
         return self.propagate(cam)[0]
 
     def __matmul__(self, cam: Tensor) -> Tensor:
-        """Propagated map, [B, N, C] → [B, N, C], multiplied `iterations` times."""
-        if self.strategy != "matrix_free" or self.balance:
-            with torch.autocast(cam.device.type, enabled=False):
-                dense = self._matrix()
-                for _ in range(self.iterations):
-                    cam = dense @ cam.float()
-            return self._deflated(cam)
-        for _ in range(self.iterations):
-            products, descriptor = self.propagate(cam)
-            cam = (self._resolve(descriptor)[:, :, None, None] * products).mean(1)
-        return self._deflated(cam)
+        """Propagated map, [B, N, C] → [B, N, C], multiplied up to `iterations` times."""
+        if self.strategy == "matrix_free" and not self.balance:
+            return self._deflated(self._repeated(self._multiply, cam))
+        with torch.autocast(cam.device.type, enabled=False):
+            return self._deflated(self._repeated(self._matrix().matmul, cam.float()))
+
+    def _multiply(self, cam: Tensor) -> Tensor:
+        """One multiplication, [B, N, C] → [B, N, C], without the matrix."""
+        products, descriptor = self.propagate(cam)
+        return (self._resolve(descriptor)[:, :, None, None] * products).mean(1)
+
+    def _repeated(self, multiply: Callable[[Tensor], Tensor], cam: Tensor) -> Tensor:
+        cam = multiply(cam)
+        for _ in range(self.iterations - 1):
+            further = multiply(cam)
+            if self.coverage:
+                further = torch.where(covered(cam, self.valid) < self.coverage, further, cam)
+            cam = further
+        return cam
 
     def _deflated(self, cam: Tensor) -> Tensor:
         """A map [B, N, C] without the part that all patches share."""

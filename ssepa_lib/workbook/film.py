@@ -13,17 +13,18 @@ from ssepa_lib.files import write_atomically
 from ssepa_lib.labels import PseudoLabeler, build_refiner, multi_scale_cam
 from ssepa_lib.model import Network
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.workbook.watch import Watch
 
 MAPS = ("cam", "aux_cam", "refined")  # 0..1, stored in 256 levels
 IDS = ("pseudo_label", "segmentation")  # class ids
 
 
-class Film:
-    """Snapshots of some images at equal distances of a run: the `watch` of `training.train`.
+class Film(Watch):
+    """Snapshots of some images at equal distances of a run, in `film.npz` of the run folder.
 
     Args:
         recipe: of the run.
-        folder: the run folder; the snapshots are its `film.npz`, so that a resumed run continues its film.
+        folder: the run folder.
         images: [n, 3, S, S], 0..255.
         labels: [n, C].
         classes: index of the class whose maps are shown, one per image.
@@ -39,26 +40,17 @@ class Film:
         classes: Sequence[int],
         frames: int = 9,
     ):
-        self.recipe, self.path = recipe, Path(folder) / "film.npz"
+        self.recipe, path = recipe, Path(folder) / "film.npz"
         self.images, self.labels, self.classes = images, labels, list(classes)
-        self.interval = recipe.train.steps / max(frames - 1, 1)
-        self.snapshots = _read(self.path)
+        super().__init__(path, recipe.train.steps, max(frames - 1, 1), _read(path))
 
-    @property
-    def steps(self) -> list[int]:
-        """The steps of the snapshots; empty for a run that nobody watched."""
-        return list(self.snapshots)
+    def take(self, network: Network) -> dict[str, np.ndarray]:
+        """One snapshot of every image."""
+        return _shot(network, self.recipe, self.images, self.labels, self.classes)
 
-    def __call__(self, network: Network, step: int) -> None:
-        """Keep a snapshot if one is due, and drop those of a later step (of a run that starts again)."""
-        self.snapshots = {at: shot for at, shot in self.snapshots.items() if at < step}
-        if step < len(self.snapshots) * self.interval and step < self.recipe.train.steps:
-            return
-        self.snapshots[step] = _shot(network, self.recipe, self.images, self.labels, self.classes)
-        arrays = {
-            f"{step}/{name}": values for step, shot in self.snapshots.items() for name, values in shot.items()
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def store(self) -> None:
+        """Write `film.npz`."""
+        arrays = {f"{step}/{name}": values for step, shot in self.kept.items() for name, values in shot.items()}
         write_atomically(self.path, lambda part: _write(part, arrays))
 
     def maps(self, name: str, image: int) -> dict[int, np.ndarray]:
@@ -68,7 +60,7 @@ class Film:
             name: cam, aux_cam, refined, pseudo_label or segmentation; `refined` is missing in a run without
                 affinity, and then empty.
         """
-        found = {step: shot[name][image] for step, shot in self.snapshots.items() if name in shot}
+        found = {step: shot[name][image] for step, shot in self.kept.items() if name in shot}
         return {s: v if name in IDS else v.astype(np.float32) / 255 for s, v in found.items()}
 
 

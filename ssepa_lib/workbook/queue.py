@@ -111,7 +111,8 @@ def perform(job: Job, report: Report, processes: int | None = None) -> Outcome:
     name = job.folder.name
     with FolderLock(job.folder.parent, f".{job.recipe.hash()}.lock"):
         folder = find_run(job.recipe, job.folder)
-        watch = ScoreCurve(job.recipe, folder, job.curve, next(iter(job.splits))) if job.curve else None
+        watched = job.curve and not RunFolder(folder).is_finished(job.recipe)
+        watch = ScoreCurve(job.recipe, folder, job.curve, next(iter(job.splits))) if watched else None
         train(job.recipe, folder, on_step=partial(report, name), watch=watch)
         results = {}
         for split, options in job.splits.items():

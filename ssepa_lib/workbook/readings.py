@@ -37,7 +37,8 @@ def readings(recipe: Recipe, haaf: bool) -> dict[str, Recipe]:
         recipe: that of the network.
         haaf: the network has a HAAF.
     """
-    plain = {"iterations": 1, "balance": False, "deflate": False, "per_scale": True, "haaf_objective": "none"}
+    plain = {"iterations": 1, "coverage": 0.0, "balance": False, "deflate": False, "per_scale": True}
+    plain["haaf_objective"] = "none"
     found = {"learned affinity": recipe} if recipe.affinity.kind == "learned" else {}
     for name, calibration in (("CAM", "none"), ("CAM, Otsu", "otsu")):
         found[name] = _changed(recipe, plain | {"kind": "none"}, calibration)

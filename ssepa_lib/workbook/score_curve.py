@@ -13,22 +13,20 @@ from ssepa_lib.files import write_csv
 from ssepa_lib.model import Network
 from ssepa_lib.readers import read_table
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.workbook.watch import Watch
 
 SCORED = ("cam", "refined_cam", "pseudo_label", "segmentation")
 IMAGES = 100
 FILE = "curve.csv"
 
 
-class ScoreCurve:
-    """Scores of a run from its first step to its last: the `watch` of `training.train`.
-
-    Scoring leaves the run as it is. The scores lie in `curve.csv` of the run folder, so that a resumed run
-    continues its curve.
+class ScoreCurve(Watch):
+    """Scores of a run from its first step to its last, in `curve.csv` of the run folder.
 
     Args:
         recipe: of the run.
         folder: the run folder.
-        points: how many scores after the first step's, at equal distances; they fall on logged steps.
+        points: how many scores after the first step's.
         split: with masks.
         images: only the first so many; 0: all.
     """
@@ -36,21 +34,20 @@ class ScoreCurve:
     def __init__(
         self, recipe: Recipe, folder: Path | str, points: int, split: str = "val", images: int = IMAGES
     ):
-        self.recipe, self.path = recipe, Path(folder) / FILE
-        self.dataset = measured_split(recipe, split, images)
-        self.interval = recipe.train.steps / points
-        self.rows = {int(row["step"]): row for row in read_curve(folder).to_dict("records")}
+        self.recipe, self.dataset = recipe, measured_split(recipe, split, images)
+        kept = {int(row.pop("step")): row for row in read_curve(folder).to_dict("records")}
+        super().__init__(Path(folder) / FILE, recipe.train.steps, points, kept)
 
-    def __call__(self, network: Network, step: int) -> None:
-        """Score if it is time, and drop the scores of later steps (of a run that starts again)."""
-        self.rows = {at: row for at, row in self.rows.items() if at < step}
-        if step < len(self.rows) * self.interval and step < self.recipe.train.steps:
-            return
+    def take(self, network: Network) -> dict[str, float | None]:
+        """The mIoU of every output in percent; None where the recipe has none."""
         device = network.classifier.weight.device
         found = evaluate(network, self.recipe, self.dataset, device=device, outputs=SCORED)["miou"]
-        self.rows[step] = {"step": step, **{name: found[name] for name in SCORED}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(self.path, ["step", *SCORED], [list(row.values()) for row in self.rows.values()])
+        return {name: found[name] for name in SCORED}
+
+    def store(self) -> None:
+        """Write `curve.csv`."""
+        rows = [[step, *scores.values()] for step, scores in self.kept.items()]
+        write_csv(self.path, ["step", *SCORED], rows)
 
 
 def read_curve(folder: Path | str) -> pd.DataFrame:
