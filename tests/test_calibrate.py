@@ -129,8 +129,8 @@ def test_maps_that_cover_enough_are_not_multiplied_again(options):
     cam[0, :, 0] = 0.0
     valid = torch.ones(2, 9)
     valid[0, 6:] = 0
-    once = PatchAffinity(qk, valid=valid, **options)
-    matrix, found = once.dense(), PatchAffinity(qk, iterations=3, coverage=limit, valid=valid, **options) @ cam
+    matrix = PatchAffinity(qk, valid=valid, **options).dense()
+    found = PatchAffinity(qk, iterations=3, coverage=limit, valid=valid, **options) @ cam
     lengths = set()
     for b, c in itertools.product(range(2), range(4)):
         column, times = matrix[b] @ cam[b, :, c], 1

@@ -106,8 +106,8 @@ def _propagated(maps: list[Tensor], matrix: Tensor, refiner: Refiner) -> list[Te
         for done in range(refiner.config.iterations):
             low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
             share = ((flat - low) / (high - low).clamp_min(1e-9)).mean(1, keepdim=True)
-            enough = done > 0 and 0 < refiner.config.coverage
-            flat = torch.where(share >= refiner.config.coverage, flat, matrix @ flat) if enough else matrix @ flat
+            limit = refiner.config.coverage if done else 0.0
+            flat = torch.where(share >= limit, flat, matrix @ flat) if limit else matrix @ flat
         return flat.transpose(1, 2).unflatten(2, m.shape[-2:])
 
     main, auxiliary = maps

@@ -102,9 +102,9 @@ class PatchAffinity:
         descriptor: "full" pools the (P+N)² map, "patch" the patch-to-patch block.
         pooling: "mean" or "max" over that map.
         iterations: how often the map is multiplied, at most.
-        coverage: after the first multiplication, multiply further only those maps whose mean over the patches,
-            min-max scaled, is below this share, 0..1; 0: all of them. A map that covers little has to spread,
-            one that covers much would only lose its shape.
+        coverage: after the first multiplication, multiply further only those maps of which `covered` is below
+            this share, 0..1; 0: all of them. A map that covers little has to spread, one that covers much
+            would only lose its shape.
         balance: multiply by S = (B + Bᵀ)/2 in the place of A, where B is A with its columns and then its
             rows divided by their sums. Softmax normalises rows alone, so that patches which everybody
             attends to dominate; S gives every patch about the same weight, and passes a map in both

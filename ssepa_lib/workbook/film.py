@@ -50,7 +50,9 @@ class Film(Watch):
 
     def store(self) -> None:
         """Write `film.npz`."""
-        arrays = {f"{step}/{name}": values for step, shot in self.kept.items() for name, values in shot.items()}
+        arrays = {
+            f"{step}/{name}": values for step, shot in self.kept.items() for name, values in shot.items()
+        }
         write_atomically(self.path, lambda part: _write(part, arrays))
 
     def maps(self, name: str, image: int) -> dict[int, np.ndarray]:
