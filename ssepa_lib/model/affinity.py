@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ssepa_lib.errors import UserError, require_index
 from ssepa_lib.model.attention import Attention
 
+PIECE = 2**22  # numbers: as many images at once as have no more in the maps of all their layers
+
 
 class HAAF(nn.Module):
     """Head-average attention fusion: an MLP from one pooled number per layer to one weight per layer
@@ -109,7 +111,7 @@ class PatchAffinity:
             rows divided by their sums. Softmax normalises rows alone, so that patches which everybody
             attends to dominate; S gives every patch about the same weight, and passes a map in both
             directions (one round of Sinkhorn and Knopp, 1967; three in CLIP-ES, CVPR 2023). It exists as a
-            matrix [B, N, N], built layer by layer.
+            matrix [B, N, N], built from the maps of all layers of a few images at a time.
         deflate: after the last multiplication subtract the mean over the patches, then ReLU. A row-stochastic
             affinity pulls every map towards the constant one; deflation removes that component.
         valid: [B, N], 1 on the image, 0 on padding, which balance, coverage and deflation leave out; None: no
@@ -261,14 +263,31 @@ class PatchAffinity:
         return (matrix + matrix.mT) / 2
 
     def _weighted_mean(self) -> Tensor:
-        p = self.first
-        if self.strategy == "matrix_free":  # one layer at a time: for viewing, within O(N²)
-            weights = self.weights
-            maps = (weights[:, k, None, None] * self._mean_map(k)[:, p:, p:] for k in range(len(self)))
-            return sum(maps) / len(self)
+        if self.strategy == "matrix_free":
+            size = max(1, PIECE // (len(self) * self.attention.patches**2))
+            starts = range(0, len(self.attention.queries[0]), size)
+            means, weights = zip(*(self._of_images(slice(i, i + size)) for i in starts), strict=True)
+            self._weights = torch.cat(weights)
+            return torch.cat(means)
         maps = self._stack()
-        weights = self._resolve(self._pool(maps))
-        return torch.einsum("bk,bkij->bij", weights, maps)[:, p:, p:] / len(self)
+        return self._weigh(maps, self._resolve(self._pool(maps)))
+
+    def _of_images(self, images: slice) -> tuple[Tensor, Tensor]:
+        """The weighted mean [b, N, N] and the weights [b, K] of some images; their maps exist together."""
+        part = self.attention[images]
+        maps = [part.mean_map(k, probabilities=self.probabilities) for k in range(len(self))]
+        stacked = torch.stack(maps, 1)  # [b, K, P+N, P+N]
+        if self._weights is not None:
+            weights = self._weights[images]
+        else:
+            descriptor = self._pool(stacked)
+            weights = torch.ones_like(descriptor) if self.weigh is None else self.weigh(descriptor)
+        return self._weigh(stacked, weights), weights
+
+    def _weigh(self, maps: Tensor, weights: Tensor) -> Tensor:
+        """The weighted mean of maps [B, K, P+N, P+N] over the layers, without the prefix tokens."""
+        p = self.first
+        return torch.einsum("bk,bkij->bij", weights / len(self), maps[:, :, p:, p:])
 
     def dense(self) -> Tensor:
         """The affinity of one iteration, [B, N, N], without gradient; row i says from where i receives."""

@@ -87,5 +87,5 @@ class Attention:
         """All heads of one layer, [B, H, rows, P+N], float32: softmax(QKᵀ/√d), or QKᵀ/√d itself."""
         queries, keys = self.queries[layer][:, :, rows].float(), self.keys[layer].float()
         with torch.autocast(queries.device.type, enabled=False):
-            logits = queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5  # [B, H, rows, P+N]
+            logits = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # [B, H, rows, P+N]
         return logits.softmax(-1) if probabilities else logits
