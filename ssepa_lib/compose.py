@@ -21,7 +21,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.fields import Section, allowed, default, info, is_trained, shown
 from ssepa_lib.files import write_text
 from ssepa_lib.paths import RECIPES
-from ssepa_lib.readers import parse_yaml, read_text
+from ssepa_lib.readers import FLOATS, parse_yaml, read_text
 from ssepa_lib.recipe import Recipe
 
 FORMAT = 2  # of recipe files; raised when an older version could not read them
@@ -55,6 +55,9 @@ class _Dumper(yaml.SafeDumper):
     """One setting per line, lists on one line, texts with Unicode's line separators in double quotes."""
 
 
+_Dumper.add_implicit_resolver(
+    *FLOATS
+)  # so that a text such as 0E0, which would be read as a number, is quoted
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
 )

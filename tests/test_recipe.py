@@ -357,6 +357,7 @@ def test_identity_covers_only_trained_settings_that_act_and_differ(monkeypatch):
     assert load_recipe("voc/toco", padding).hash() != before[1]
 
 
+@example(steps=1, lr=1e-4, scales=[1.0], title="1e5", root="0E0")
 @example(steps=1, lr=1e-4, scales=[1.0], title="a\x85b\u2028", root="f\x85#")
 @given(
     steps=st.integers(1, 10**8),

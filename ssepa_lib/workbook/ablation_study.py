@@ -74,7 +74,7 @@ def differences(runs: pd.DataFrame, source: str) -> pd.DataFrame:
 
     Args:
         runs: rows of `tables.collect_runs` of one preset, without variants. The pseudo-label is compared on
-            `train` and the segmentation on `val`, but on `test` where not both runs were measured there.
+            `train` and the segmentation on `val`; where not both runs were measured there, on `test`, then `val`.
         source: what a figure calls these runs.
 
     Returns:
@@ -82,9 +82,9 @@ def differences(runs: pd.DataFrame, source: str) -> pd.DataFrame:
     """
     rows = []
     for measure, (split, output) in MEASURES.items():
-        first, second = (_by_method(runs, part, output) for part in (split, "test"))
-        for method in dict.fromkeys([*first, *second]):
-            for values in (first, second):
+        parts = [_by_method(runs, part, output) for part in (split, "test", "val")]
+        for method in dict.fromkeys(itertools.chain(*parts)):
+            for values in parts:
                 base = base_of(method, list(values)) if method in values else None
                 if base is not None:
                     row = {"comparison": f"{short_name(method)} − {short_name(base)}", "measure": measure}
@@ -196,7 +196,8 @@ def backbone_table(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """The micro backbones of the built-in data: what each costs and what it reaches.
 
     Args:
-        runs: rows of `tables.evidence`; those of `ssepa_plus` on the built-in test stream count.
+        runs: rows of `tables.evidence`; those of `ssepa_plus` on the built-in test stream count, in the form
+            that multiplies every map three times, in which all backbones were trained.
         rows: rows of the benchmark `backbones`, from `tables.benchmark`.
 
     Returns:
@@ -207,7 +208,7 @@ def backbone_table(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     test = runs[(runs["preset"] == "shapes") & (runs["method"] == "ssepa_plus") & (runs["split"] == "test")]
     for name, suffix in MICRO.items():
         costs = rows[rows["setting"].str.startswith(f"micro {name},")].set_index("name")["value"]
-        found = test[test["variant"] == suffix.strip("/")].drop_duplicates("seed")
+        found = test[test["variant"] == (suffix.strip("/") or "three")].drop_duplicates("seed")
         row = {
             "backbone": f"micro {name}",
             "M": f"{costs['parameters']:.2f}",

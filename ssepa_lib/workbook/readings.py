@@ -17,7 +17,8 @@ from ssepa_lib.evaluation.evaluate import evaluate
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import load_run
 
-BALANCED = {"balance": True, "iterations": 3, "per_scale": False}
+THREE_TIMES = {"balance": True, "iterations": 3}
+BALANCED = THREE_TIMES | {"coverage": 0.25}  # as in the recipe ssepa_plus
 PROPAGATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "1 iteration": ({"iterations": 1}, "none"),
     "2 iterations": ({"iterations": 2}, "none"),
@@ -25,8 +26,9 @@ PROPAGATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "2 iterations, Otsu": ({"iterations": 2}, "otsu"),
     "2 iterations, deflated, Otsu": ({"iterations": 2, "deflate": True}, "otsu"),
     "3 iterations, deflated, Otsu": ({"iterations": 3, "deflate": True}, "otsu"),
-    "balanced, 3 iterations": (BALANCED, "none"),
-    "balanced, 3 iterations, Otsu": (BALANCED, "otsu"),
+    "balanced, 3 iterations": (THREE_TIMES, "none"),
+    "balanced, up to 3 iterations": (BALANCED, "none"),
+    "balanced, 3 iterations, Otsu": (THREE_TIMES, "otsu"),
 }  # name → fields of the affinity, calibration; the first is the paper's
 
 

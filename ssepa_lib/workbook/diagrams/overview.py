@@ -116,7 +116,8 @@ def _refinement(c: Canvas, s: Shapes) -> None:
     c.arrow(c.at("haaf", "e"), c.at("affinity", "w"), shape=shape(s.patches, s.patches), kind="stopped")
     c.arrow(c.at("affinity", "n"), c.at("times", "s"), shape=shape(s.patches, s.patches), kind="stopped")
     c.arrow(c.at("cam", "e"), c.at("times", "w"), shape=map_, kind="stopped")
-    again = f"{affinity.iterations} times\n" if affinity.iterations > 1 else ""
+    most = "up to " if affinity.coverage else ""
+    again = f"{most}{affinity.iterations} times\n" if affinity.iterations > 1 else ""
     c.arrow(c.at("times", "e"), c.at("refined", "w"), shape=again + map_, kind="stopped")
     c.arrow(c.at("refined", "e"), c.at("par", "w"), shape=full, kind="stopped")
     if affinity.kind == "haaf" and affinity.haaf_objective != "none":
