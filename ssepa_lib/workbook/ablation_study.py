@@ -74,7 +74,8 @@ def differences(runs: pd.DataFrame, source: str) -> pd.DataFrame:
 
     Args:
         runs: rows of `tables.collect_runs` of one preset, without variants. The pseudo-label is compared on
-            `train` and the segmentation on `val`; where not both runs were measured there, on `test`, then `val`.
+            `train` and the segmentation on `val`; where not both runs were measured there, on `test`, then on
+            `val`.
         source: what a figure calls these runs.
 
     Returns:
