@@ -58,6 +58,11 @@ GLOSSARY = {
         "Two classes, or a class and its background, co-occur if they often appear together.", "01 §2, §3"
     ),
     "confusion matrix": Term("A confusion matrix counts pixels by true class and predicted class.", "01 §4"),
+    "coverage": Term(
+        "The coverage of a map is its mean over the patches after min-max scaling; where it is small, "
+        "`ssepa_plus` multiplies again.",
+        "02 §6",
+    ),
     "CRF": Term(
         "A conditional random field moves a label map to the edges of the image, at test time only.", "04 §8"
     ),
