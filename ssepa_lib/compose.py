@@ -55,9 +55,8 @@ class _Dumper(yaml.SafeDumper):
     """One setting per line, lists on one line, texts with Unicode's line separators in double quotes."""
 
 
-_Dumper.add_implicit_resolver(
-    *FLOATS
-)  # so that a text such as 0E0, which would be read as a number, is quoted
+# a text such as 0E0, which would be read as a number, is quoted
+_Dumper.add_implicit_resolver(*FLOATS)
 _Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
 )

@@ -21,6 +21,7 @@ from ssepa_lib.methods import TrainStep, take_step
 from ssepa_lib.methods.losses import dense_energy, segmentation_loss
 from ssepa_lib.methods.toco import Segmentation
 from ssepa_lib.model import Network, NetworkOutput, evaluating
+from ssepa_lib.model.affinity import covered
 from ssepa_lib.model.backbone import Backbone
 from ssepa_lib.randomness import seeded
 from ssepa_lib.recipe import CamConfig, Recipe
@@ -104,10 +105,10 @@ def _propagated(maps: list[Tensor], matrix: Tensor, refiner: Refiner) -> list[Te
     def propagate(m: Tensor) -> Tensor:
         flat = m.relu().flatten(2).transpose(1, 2)  # [B, N, C]
         for done in range(refiner.config.iterations):
-            low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-            share = ((flat - low) / (high - low).clamp_min(1e-9)).mean(1, keepdim=True)
-            limit = refiner.config.coverage if done else 0.0
-            flat = torch.where(share >= limit, flat, matrix @ flat) if limit else matrix @ flat
+            further = matrix @ flat
+            if done and refiner.config.coverage:
+                further = torch.where(covered(flat) < refiner.config.coverage, further, flat)
+            flat = further
         return flat.transpose(1, 2).unflatten(2, m.shape[-2:])
 
     main, auxiliary = maps

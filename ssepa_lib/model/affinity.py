@@ -198,8 +198,12 @@ class PatchAffinity:
     def _resolve(self, descriptor: Tensor) -> Tensor:
         """Layer weights [B, K], computed once."""
         if self._weights is None:
-            self._weights = torch.ones_like(descriptor) if self.weigh is None else self.weigh(descriptor)
+            self._weights = self._weights_from(descriptor)
         return self._weights
+
+    def _weights_from(self, descriptor: Tensor) -> Tensor:
+        """Layer weights [B, K] of a descriptor [B, K]."""
+        return torch.ones_like(descriptor) if self.weigh is None else self.weigh(descriptor)
 
     def descriptor(self) -> Tensor:
         """Pooled affinity per layer, [B, K]: what HAAF's MLP sees."""
@@ -277,11 +281,8 @@ class PatchAffinity:
         part = self.attention[images]
         maps = [part.mean_map(k, probabilities=self.probabilities) for k in range(len(self))]
         stacked = torch.stack(maps, 1)  # [b, K, P+N, P+N]
-        if self._weights is not None:
-            weights = self._weights[images]
-        else:
-            descriptor = self._pool(stacked)
-            weights = torch.ones_like(descriptor) if self.weigh is None else self.weigh(descriptor)
+        known = self._weights
+        weights = self._weights_from(self._pool(stacked)) if known is None else known[images]
         return self._weigh(stacked, weights), weights
 
     def _weigh(self, maps: Tensor, weights: Tensor) -> Tensor:
