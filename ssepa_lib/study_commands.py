@@ -187,7 +187,7 @@ def readings(
         out: Where to write readings.csv; by default the run folder.
     """
     from ssepa_lib.files import require_place, write_csv
-    from ssepa_lib.workbook.readings import compare_readings
+    from ssepa_lib.workbook.studies.readings import compare_readings
     from ssepa_lib.workbook.tables import to_markdown
 
     at_least(0, images=images)
@@ -228,7 +228,7 @@ def haaf(
     from ssepa_lib.recipe import HAAF_OBJECTIVES
     from ssepa_lib.training.run import load_run
     from ssepa_lib.workbook import figures, tables
-    from ssepa_lib.workbook.haaf_study import compare_haaf_objectives
+    from ssepa_lib.workbook.studies.haaf_study import compare_haaf_objectives
 
     at_least(1, steps=steps, iterations=iterations)
     one_or_more(splits=splits)

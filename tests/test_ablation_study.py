@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from ssepa_lib.model import Attention
 from ssepa_lib.paths import PROJECT
 from ssepa_lib.recipe import AffinityConfig
-from ssepa_lib.workbook import ablation_study as ablation
-from ssepa_lib.workbook import fsr_study, tables
+from ssepa_lib.workbook import tables
 from ssepa_lib.workbook.ablations import FSR_ARMS
+from ssepa_lib.workbook.studies import ablation_study as ablation
+from ssepa_lib.workbook.studies import fsr_study
 
 
 def runs_of(values, split="val"):

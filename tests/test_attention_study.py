@@ -8,7 +8,7 @@ import torch
 from toy_network import TwoImages, recipe
 
 from ssepa_lib.model import Attention
-from ssepa_lib.workbook import attention_study
+from ssepa_lib.workbook.studies import attention_study
 
 
 def attention(prefix=1, layers=2):

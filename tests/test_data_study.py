@@ -5,7 +5,7 @@ import torch
 from toy_network import TwoImages
 
 from ssepa_lib.data.shapes import BACKGROUNDS, SHAPE_CLASSES, ShapesDataset, scene_facts
-from ssepa_lib.workbook import data_study
+from ssepa_lib.workbook.studies import data_study
 
 
 def test_classes_and_backgrounds_are_counted_scene_by_scene():

@@ -19,7 +19,7 @@ from ssepa_lib.model import Attention, LayerWeights, PatchAffinity
 from ssepa_lib.recipe import ReinforceConfig
 from ssepa_lib.workbook import explorers
 from ssepa_lib.workbook.explorer_host import LIMIT, MODULE, pack
-from ssepa_lib.workbook.memory_study import STRATEGIES, largest_side, step_bytes
+from ssepa_lib.workbook.studies.memory_study import STRATEGIES, largest_side, step_bytes
 
 GRID, LAYERS, SIDE = (4, 4), 3, 32
 

@@ -5,7 +5,7 @@ import torch
 from ssepa_lib.data import IGNORE
 from ssepa_lib.evaluation import refined_mious
 from ssepa_lib.labels import build_refiner, normalise_cam
-from ssepa_lib.workbook import haaf_study, map_study
+from ssepa_lib.workbook.studies import haaf_study, map_study
 from ssepa_lib.workbook.study import samples
 
 

@@ -5,7 +5,7 @@ import torch
 
 from ssepa_lib.evaluation.memory import affinity_map_bytes
 from ssepa_lib.model import Attention, PatchAffinity
-from ssepa_lib.workbook.memory_study import largest_side, row_blocks, step_bytes
+from ssepa_lib.workbook.studies.memory_study import largest_side, row_blocks, step_bytes
 
 SMALL = {"layers": 2, "heads": 3, "width": 8, "patch": 16}
 

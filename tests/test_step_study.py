@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ssepa_lib.labels import build_refiner, multi_scale_cam
-from ssepa_lib.workbook import step_study
+from ssepa_lib.workbook.studies import step_study
 
 
 def test_gradient_norms_by_hand():

@@ -15,9 +15,10 @@ from ssepa_lib.evaluation import evaluate, refined_mious
 from ssepa_lib.labels import build_refiner
 from ssepa_lib.model import LayerWeights
 from ssepa_lib.training import load_run
-from ssepa_lib.workbook import haaf_study, paper_figures, study
-from ssepa_lib.workbook.ablation_study import PLACES, where_it_acts
+from ssepa_lib.workbook import paper_figures, study
 from ssepa_lib.workbook.published import table_3
+from ssepa_lib.workbook.studies import haaf_study
+from ssepa_lib.workbook.studies.ablation_study import PLACES, where_it_acts
 from ssepa_lib.workbook.tables import collect_runs, committed, paired_differences, summary
 
 TINY = {

@@ -6,7 +6,7 @@ import pytest
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.workbook import published, tables
-from ssepa_lib.workbook.memory_study import steps_at_published_size
+from ssepa_lib.workbook.studies.memory_study import steps_at_published_size
 
 VIEWS = {
     "pseudo_label": {"scales": [1.0], "flip": False, "crf": False},

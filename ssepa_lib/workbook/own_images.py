@@ -24,9 +24,9 @@ from ssepa_lib.paths import folder_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder
 from ssepa_lib.training.trainer import OnStep, train
-from ssepa_lib.workbook.data_study import inseparable
 from ssepa_lib.workbook.example_images import example_folder
 from ssepa_lib.workbook.plan import duration, seconds_on, step_cost
+from ssepa_lib.workbook.studies.data_study import inseparable
 
 VERDICTS = {"go": "#1b7837", "fix": "#b35806", "stop": "#c1272d"}  # from good to bad, with their colours
 

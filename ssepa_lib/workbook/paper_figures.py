@@ -14,7 +14,7 @@ from ssepa_lib.labels.crf import crf_available, crf_labels
 from ssepa_lib.model import Network
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook.figures.images import plot_cam_grid, plot_mask_grid
-from ssepa_lib.workbook.map_study import class_maps
+from ssepa_lib.workbook.studies.map_study import class_maps
 from ssepa_lib.workbook.study import samples
 
 Runs = Mapping[str, tuple[Network, Recipe]]  # column title → network and recipe

@@ -26,9 +26,9 @@ from ssepa_lib.labels import MatrixRefiner, Refiner, multi_scale_cam, normalise_
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.model.matrix_affinity import same_object
 from ssepa_lib.recipe import AffinityConfig, Recipe
-from ssepa_lib.workbook.data_study import PLACES, ground_of, single_creatures
 from ssepa_lib.workbook.explorers import Chooser, chooser, microscope
 from ssepa_lib.workbook.lesson import NO_MASKS, landmarks
+from ssepa_lib.workbook.studies.data_study import PLACES, ground_of, single_creatures
 from ssepa_lib.workbook.study import object_parts, samples
 
 

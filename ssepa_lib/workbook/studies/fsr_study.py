@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ssepa_lib.workbook.ablation_study import in_words
 from ssepa_lib.workbook.ablations import FSR_ARMS
 from ssepa_lib.workbook.plan import remedy
+from ssepa_lib.workbook.studies.ablation_study import in_words
 from ssepa_lib.workbook.study import study_jobs
 from ssepa_lib.workbook.tables import committed
 

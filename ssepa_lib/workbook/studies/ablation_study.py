@@ -26,7 +26,7 @@ from ssepa_lib.model import Attention, Network, PatchAffinity
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook import lesson
 from ssepa_lib.workbook.ablations import MICRO
-from ssepa_lib.workbook.haaf_study import uniform_refiner
+from ssepa_lib.workbook.studies.haaf_study import uniform_refiner
 from ssepa_lib.workbook.study import samples
 from ssepa_lib.workbook.tables import plus_minus
 
