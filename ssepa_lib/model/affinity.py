@@ -157,10 +157,6 @@ class PatchAffinity:
         maps = maps[..., self.pooled_from :, self.pooled_from :]
         return maps.amax((-2, -1)) if self.pooling == "max" else maps.mean((-2, -1))
 
-    def _mean_map(self, layer: int) -> Tensor:
-        """Head mean of one layer with prefix tokens, [B, P+N, P+N]."""
-        return self.attention.mean_map(layer, probabilities=self.probabilities)
-
     def propagate(self, cam: Tensor) -> tuple[Tensor, Tensor]:
         """Per-layer products [B, K, N, C] of a map [B, N, C] and, from one more column, the descriptor."""
         values = torch.cat([cam, cam.new_ones(*cam.shape[:2], 1)], -1)  # [B, N, C+1]
@@ -174,14 +170,15 @@ class PatchAffinity:
             out = self.attention.times(layer, values, probabilities=self.probabilities)  # [B, P+N, C+1]
             products.append(out[:, self.first :, :-1])
             if self.pooling == "max":  # a maximum needs the map: one layer exists at a time
-                descriptor.append(self._pool(self._mean_map(layer)))
+                mean = self.attention.mean_map(layer, probabilities=self.probabilities)
+                descriptor.append(self._pool(mean))
             else:
                 descriptor.append(out[:, self.pooled_from :, -1].mean(1) / pooled)
         return torch.stack(products, 1), torch.stack(descriptor, 1)
 
-    def _stack(self) -> Tensor:
+    def _stack(self, images: slice = slice(None)) -> Tensor:
         """Head-mean maps of all layers, [B, K, P+N, P+N]."""
-        stack = None
+        stack, part = None, self.attention[images]
         heads = {self.attention.heads_in(layer) for layer in range(len(self))}
         if self.strategy == "stack_heads" and len(heads) > 1:
             raise UserError(
@@ -189,7 +186,8 @@ class PatchAffinity:
                 "affinity.strategy to matrix_free or stack_layers."
             )
         for layer in range(len(self)):
-            maps = self.layer_map(layer) if self.strategy == "stack_heads" else self._mean_map(layer)
+            take = part.layer_map if self.strategy == "stack_heads" else part.mean_map
+            maps = take(layer, probabilities=self.probabilities)
             if stack is None:  # filled in place: the stack exists once
                 stack = maps.new_empty(len(maps), len(self), *maps.shape[1:])
             stack[:, layer] = maps
@@ -267,28 +265,20 @@ class PatchAffinity:
         return (matrix + matrix.mT) / 2
 
     def _weighted_mean(self) -> Tensor:
+        """The weighted mean of the layers [B, N, N], and with it the weights; see `strategy`."""
+        images = size = len(self.attention.queries[0])
         if self.strategy == "matrix_free":
             size = max(1, PIECE // (len(self) * self.attention.patches**2))
-            starts = range(0, len(self.attention.queries[0]), size)
-            means, weights = zip(*(self._of_images(slice(i, i + size)) for i in starts), strict=True)
-            self._weights = torch.cat(weights)
-            return torch.cat(means)
-        maps = self._stack()
-        return self._weigh(maps, self._resolve(self._pool(maps)))
+        parts = (slice(i, i + size) for i in range(0, images, size))
+        means, weights = zip(*map(self._of_images, parts), strict=True)
+        self._weights = torch.cat(weights)
+        return torch.cat(means)
 
     def _of_images(self, images: slice) -> tuple[Tensor, Tensor]:
         """The weighted mean [b, N, N] and the weights [b, K] of some images; their maps exist together."""
-        part = self.attention[images]
-        maps = [part.mean_map(k, probabilities=self.probabilities) for k in range(len(self))]
-        stacked = torch.stack(maps, 1)  # [b, K, P+N, P+N]
-        known = self._weights
-        weights = self._weights_from(self._pool(stacked)) if known is None else known[images]
-        return self._weigh(stacked, weights), weights
-
-    def _weigh(self, maps: Tensor, weights: Tensor) -> Tensor:
-        """The weighted mean of maps [B, K, P+N, P+N] over the layers, without the prefix tokens."""
-        p = self.first
-        return torch.einsum("bk,bkij->bij", weights / len(self), maps[:, :, p:, p:])
+        maps, known, p = self._stack(images), self._weights, self.first
+        weights = self._weights_from(self._pool(maps)) if known is None else known[images]
+        return torch.einsum("bk,bkij->bij", weights / len(self), maps[:, :, p:, p:]), weights
 
     def dense(self) -> Tensor:
         """The affinity of one iteration, [B, N, N], without gradient; row i says from where i receives."""
