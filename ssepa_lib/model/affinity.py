@@ -177,7 +177,7 @@ class PatchAffinity:
         return torch.stack(products, 1), torch.stack(descriptor, 1)
 
     def _stack(self, images: slice = slice(None)) -> Tensor:
-        """Head-mean maps of all layers, [B, K, P+N, P+N]."""
+        """Head-mean maps of all layers for some images of the batch, [b, K, P+N, P+N]."""
         stack, part = None, self.attention[images]
         heads = {self.attention.heads_in(layer) for layer in range(len(self))}
         if self.strategy == "stack_heads" and len(heads) > 1:
