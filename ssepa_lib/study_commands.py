@@ -105,7 +105,7 @@ def study(
     if missing:
         print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
     else:
-        write_study(runs, preset, run_name, methods[0], seeds)
+        write_study(runs, preset, run_name, methods[0])
 
 
 def _queue(
@@ -136,37 +136,19 @@ def _queue(
     return runs, len(jobs) - len(done)
 
 
-def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str, seeds: Sequence[int]) -> None:
+def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str) -> None:
     """Write the tables of a study as CSV and Markdown, and print them."""
     from ssepa_lib.files import write_csv, write_text
+    from ssepa_lib.workbook.run_tables import runs_text
     from ssepa_lib.workbook.score_curve import draw_curves
     from ssepa_lib.workbook.study import preset_folder
 
     path = preset_folder(preset) / "tables" / "-".join(filter(None, ("study", run_name)))
-    text = study_text(runs, base, seeds)
+    text = runs_text(runs, [(method, base) for method in dict.fromkeys(runs["method"]) if method != base])
     table = runs.drop(columns="settings")
     write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
     write_text(path.with_suffix(".md"), f"{text}\n")
     print(text, path.with_suffix(".md"), *draw_curves(runs, preset_folder(preset), path.name), sep="\n\n")
-
-
-def study_text(runs: "pd.DataFrame", base: str, seeds: Sequence[int]) -> str:
-    """Means and paired differences of every split as Markdown, with the settings they belong to."""
-    from ssepa_lib.evaluation import OUTPUTS, TEST_TIME, column_names, describe_settings
-    from ssepa_lib.workbook import tables as t
-
-    known = column_names(OUTPUTS, tuple(TEST_TIME))
-    columns = [name for name in known if name in runs and runs[name].notna().any()]
-    parts = []
-    for split, rows in runs.groupby("split", sort=False):
-        means = t.summary(rows, ["method"], columns)
-        differences = t.paired_differences(rows, "method", base, columns)
-        titles = {f"{split}: mIoU, %": means, f"{split}: difference from {base}": differences}
-        for title, table in titles.items():
-            parts.append(f"## {title}\n\n{t.to_markdown(t.plus_minus_columns(table, columns, 2))}")
-        lines = [f"- {line}" for line in describe_settings(rows["settings"].tolist(), columns)]
-        parts.append("\n".join([f"Setting (mean ± sd over seeds {list(seeds)}):\n", *lines]))
-    return "\n\n".join(parts)
 
 
 def readings(
@@ -249,27 +231,33 @@ def haaf(
 
 
 def tables(
-    number: Positional[tuple[Literal[1, 2, 3, 5, "field"], ...]] = (1, 2, 3, 5, "field"),
+    number: Positional[tuple[Literal[1, 2, 3, 5, "field", "runs"], ...]] = (1, 2, 3, 5, "field"),
     *,
     preset: str = "voc",
+    folder: AnyFolder = None,
 ) -> None:
-    """Print the paper's tables, and one of other single-stage systems, with this workbook's runs beside them.
+    """Print tables: the paper's and the field's with this workbook's runs beside them, and the runs alone.
 
-    Example: python -m ssepa_lib tables 3 --preset voc_mini
+    Example: python -m ssepa_lib tables runs --folder results/classifier_rate
 
     Args:
-        number: Numbers of the tables; field: other systems.
-        preset: Data recipe.
+        number: Numbers of the paper's tables; field: other systems; runs: what runs reached.
+        preset: Data recipe whose runs are shown.
+        folder: Show the runs below this folder instead.
     """
     from ssepa_lib.paths import plain_name, results_root
 
-    folder = results_root() / plain_name("preset", preset)
+    folder = folder or results_root() / plain_name("preset", preset)
     from ssepa_lib.workbook import published
+    from ssepa_lib.workbook.run_tables import stored_runs_text
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 
     runs = collect_runs(folder)
     for each in number:
-        print(f"\nTable {each}\n\n{to_markdown(getattr(published, f'table_{each}')(runs))}")
+        if each == "runs":
+            print(stored_runs_text(folder, preset))
+        else:
+            print(f"\nTable {each}\n\n{to_markdown(getattr(published, f'table_{each}')(runs))}")
 
 
 def bench(

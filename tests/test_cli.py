@@ -219,7 +219,7 @@ def test_study_writes_its_tables(run, tiny, tmp_path, monkeypatch, capsys):
     options += ["--processes", "1"]
     assert main(["study", "shapes", "toco", "ssepa", "--run-name", "try", *options]) == 0
     out = capsys.readouterr().out
-    assert "## val: mIoU, %" in out and "## val: difference from toco" in out and "toco-try-seed1" in out
+    assert ": mean ± sd, %" in out and "| ssepa − toco " in out and "toco-try-seed1" in out
     tables = tmp_path / "results" / "shapes" / "tables"
     assert (tables / "study-try.md").read_text() in out + "\n"
     assert len((tables / "study-try.csv").read_text().splitlines()) == 5

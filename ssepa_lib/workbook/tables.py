@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.results import read_all_results
+from ssepa_lib.evaluation.results import MEASURES, read_all_results
 from ssepa_lib.paths import PROJECT, RECIPES
 
 
@@ -18,16 +18,22 @@ def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
     setting = result["setting"]
     plain = {name: value for name, value in setting.items() if name != "outputs"}
     row = {"run": run, "preset": preset, "variant": variant, **plain, **result["miou"]}
-    return row | {"mean_average_precision": result["mean_average_precision"], "settings": setting}
+    others = {f"{name} {kind}": value for kind in MEASURES[1:] for name, value in result[kind].items()}
+    row |= others | {"mean_average_precision": result["mean_average_precision"]}
+    return row | {"settings": setting}
 
 
-def collect_runs(folder: Path | str) -> pd.DataFrame:
+def collect_runs(folder: Path | str, *, every: bool = False) -> pd.DataFrame:
     """Every evaluated run below a folder, one row per run and split: the result on the most images.
 
     A run whose metrics cannot be read is left out; a line on standard error names it.
 
+    Args:
+        every: one row per stored result, whatever the number and the size of its images.
+
     Columns: `run`, `preset` (folder names), the entries of the setting (`data`, `split`, `method`, `seed`,
-    `steps`, …), `variant` (what the run's name adds to the method), one column of mIoU in percent per output,
+    `steps`, …), `variant` (what the run's name adds to the method), one column of mIoU in percent per output
+    (`segmentation_ms`) and one per output and further measure (`segmentation_ms recall`),
     `mean_average_precision`, and `settings`, the whole setting as a dict.
     """
     rows = []
@@ -37,14 +43,15 @@ def collect_runs(folder: Path | str) -> pd.DataFrame:
     for run, stored in found.items():
         results = sorted(stored.values(), key=lambda r: r["setting"]["images"])
         most = {result["setting"]["split"]: result for result in results}
-        for result in most.values():
+        for result in results if every else most.values():
             setting = result["setting"]
             variant = run.name.removesuffix(f"-seed{setting['seed']}").removeprefix(setting["method"])
             rows.append(result_row(run.name, run.parent.name, variant.strip("-"), result))
     return pd.DataFrame(rows)
 
 
-def _check_seeds(runs: pd.DataFrame, by: Sequence[str]) -> None:
+def require_seeds(runs: pd.DataFrame, by: Sequence[str]) -> None:
+    """Raise a UserError where a group has a seed twice: different things would be averaged."""
     twice = runs.duplicated([*by, "seed"])
     if twice.any():
         first = runs[twice].iloc[0]
@@ -61,7 +68,7 @@ def summary(runs: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd
     Raises:
         UserError: a seed appears twice in a group, so that different things would be averaged.
     """
-    _check_seeds(runs, by)
+    require_seeds(runs, by)
     groups = runs.groupby(list(by), sort=False, dropna=False)
     table = groups["seed"].nunique().rename("seeds").to_frame()
     for metric in metrics:
@@ -80,7 +87,7 @@ def paired_differences(runs: pd.DataFrame, by: str, base: str, metrics: Sequence
     Raises:
         UserError: no run is the base row; a seed appears twice.
     """
-    _check_seeds(runs, [by])
+    require_seeds(runs, [by])
     names = list(dict.fromkeys(runs[by]))
     if base not in names:
         choices = ", ".join(sorted(map(str, names)))
@@ -137,6 +144,18 @@ def committed(name: str) -> pd.DataFrame:
         UserError: it is not there.
     """
     return pd.read_csv(_committed_file(name))
+
+
+def committed_runs(name: str, split: str = "val") -> pd.DataFrame:
+    """The runs of one folder of `results/` on one split, without variants, in the columns of `collect_runs`.
+
+    Raises:
+        UserError: it holds none.
+    """
+    runs = collect_runs(PROJECT / "results" / name)
+    if runs.empty:
+        raise UserError(f"{PROJECT / 'results' / name} holds no run; restore it with git checkout.")
+    return runs[(runs["split"] == split) & (runs["variant"] == "")]
 
 
 def evidence() -> pd.DataFrame:

@@ -37,6 +37,7 @@ COMPARED = {
     "ssepa_plus_mean": "ssepa_affinity",
     "ssepa_plus": "ssepa",
 }  # method → the method it extends
+ALSO = {"ssepa_plus": "ssepa_plus_mean"}  # method → another one that differs from it in HAAF alone
 SHORT = {
     BASE: "ToCo",
     "ssepa_no_affinity": "no affinity",

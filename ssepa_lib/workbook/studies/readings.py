@@ -14,6 +14,7 @@ import pandas as pd
 from ssepa_lib.data import measured_split
 from ssepa_lib.device import resolve_device
 from ssepa_lib.evaluation.evaluate import evaluate
+from ssepa_lib.evaluation.results import MEASURES
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import load_run
 
@@ -67,7 +68,7 @@ def compare_readings(
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """mIoU of the maps and pseudo-labels of a finished run under every reading, single scale, in percent.
+    """Maps and pseudo-labels of a finished run under every reading, single scale, scored in percent.
 
     Args:
         folder: run folder.
@@ -75,7 +76,9 @@ def compare_readings(
         progress: called with (readings done, all readings).
 
     Returns:
-        One row per reading: `reading`, `map` (at the background threshold) and `pseudo_label` (after PAR).
+        One row per reading: `reading`, the mIoU of the `map` (at the background threshold) and of the
+        `pseudo_label` (after PAR), and precision, recall and boundary IoU of the pseudo-label, named as in
+        `tables.collect_runs`.
 
     Raises:
         UserError: the folder holds no finished run, or the split has no masks.
@@ -87,8 +90,10 @@ def compare_readings(
         shown = "cam" if changed.affinity.kind == "none" else "refined_cam"
         found = evaluate(
             network, changed, dataset, device=resolve_device(device), outputs=(shown, "pseudo_label")
-        )["miou"]
-        rows.append({"reading": name, "map": found[shown], "pseudo_label": found["pseudo_label"]})
+        )
+        row = {"reading": name, "map": found["miou"][shown], "pseudo_label": found["miou"]["pseudo_label"]}
+        further = {f"pseudo_label {kind}": found[kind]["pseudo_label"] for kind in MEASURES[1:]}
+        rows.append(row | further)
         if progress:
             progress(len(rows), len(recipes))
     return pd.DataFrame(rows)

@@ -1,0 +1,184 @@
+"""What a set of runs reached: means over seeds, paired differences, precision and recall, test-time modes.
+
+`study` prints these tables for the runs it has made, `tables runs` for those that lie in a folder.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ssepa_lib.errors import UserError
+from ssepa_lib.evaluation.results import OUTPUTS, TEST_TIME, describe_settings, describe_size
+from ssepa_lib.workbook.plan import remedy
+from ssepa_lib.workbook.studies.ablation_study import ALSO, BASE, COMPARED, base_of
+from ssepa_lib.workbook.study import study_jobs
+from ssepa_lib.workbook.tables import collect_runs, plus_minus_columns, require_seeds, summary, to_markdown
+
+SHOWN = ("cam", "refined_cam", "pseudo_label", "segmentation")
+FINAL = ("pseudo_label", "segmentation")
+SCORE = "mean_average_precision"
+_WORDS = {"cam": "CAM", "refined_cam": "refined CAM", "pseudo_label": "pseudo-label", SCORE: "mAP"}
+_MODES = {"": "", "_ms": ", MS", "_ms_crf": ", MS + CRF"}  # what a mode adds to a name → to a heading
+_MEASURES = {"precision": "precision", "recall": "recall", "boundary_iou": "boundary IoU"}
+
+
+def run_tables(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> dict[str, pd.DataFrame]:
+    """What runs reached: means, paired differences, further measures, test-time modes, and seed by seed.
+
+    Args:
+        runs: rows of `collect_runs` or `run_study`; every `method` is a row of the tables.
+        pairs: method and the one it is compared with; a pair that has no seed in common makes no row.
+
+    Returns:
+        Title, which names split, images, size and steps → table of texts. Means are in percent with their
+        standard deviation over seeds, differences in points of mIoU, seed by seed.
+
+    Raises:
+        UserError: a seed appears twice under the same setting.
+    """
+    found = {}
+    runs = runs.sort_values("images", ascending=False, kind="stable")
+    keys = ["split", "images", "size", "steps", "batch"]
+    for (split, images, size, steps, batch), rows in runs.groupby(keys, sort=False):
+        where = f"{split}, {images} images, {describe_size(size)}, {steps} steps of {batch}"
+        single, scored = _measured(rows, SHOWN), _measured(rows, (*SHOWN, SCORE))
+        further = _measured(rows, [f"{name} {kind}" for name in FINAL for kind in _MEASURES])
+        modes = _measured(rows, [name + mode for name in FINAL for mode in TEST_TIME.values()])
+        several = len(modes) > len(_measured(rows, FINAL))
+        parts = {
+            "mean ± sd, %": _means(rows, scored),
+            "paired differences, points of mIoU": _differences(rows, pairs, single),
+            "precision, recall and boundary IoU, %": _means(rows, further),
+            "several scales and CRF, mIoU, %": _means(rows, modes if several else []),
+            "several scales and CRF, paired differences": _differences(rows, pairs, modes if several else []),
+            "seed by seed, %": _seeds(rows, scored),
+        }
+        found |= {f"{where}: {what}": table for what, table in parts.items() if len(table)}
+    return found
+
+
+def _measured(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """Those of the columns that hold a number."""
+    return [name for name in columns if name in rows and rows[name].notna().any()]
+
+
+def _heading(column: str) -> str:
+    """A column in words: `segmentation, MS + CRF`, `pseudo-label, recall`."""
+    name, _, measure = column.partition(" ")
+    mode = next((mode for mode in ("_ms_crf", "_ms") if name.endswith(mode)), "")
+    output = name.removesuffix(mode)
+    return _WORDS.get(output, output) + _MODES[mode] + (f", {_MEASURES[measure]}" if measure else "")
+
+
+def _means(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Mean ± sd of every method that has a number in one of the columns."""
+    rows = rows.dropna(subset=columns, how="all") if columns else rows[:0]
+    if rows.empty:
+        return rows
+    table = plus_minus_columns(summary(rows, ["method"], columns), columns)
+    seeds = rows.groupby("method")["seed"].agg(lambda found: ", ".join(map(str, sorted(found))))
+    table["seeds"] = table["method"].map(seeds)
+    return table.rename(columns=_heading)
+
+
+def _differences(
+    rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Every pair seed by seed, over the seeds that both have."""
+    require_seeds(rows, ["method"])
+    rows = rows.dropna(subset=columns, how="all") if columns else rows[:0]
+    values = {name: own.set_index("seed")[columns].astype(float) for name, own in rows.groupby("method")}
+    found = []
+    for changed, base in pairs:
+        if changed in values and base in values:
+            apart = (values[changed] - values[base]).dropna(how="all")
+            if len(apart):
+                row = {"difference": f"{changed} − {base}", "seeds": ", ".join(map(str, apart.index))}
+                found.append(row | {name: seed_by_seed(apart[name]) for name in columns})
+    return pd.DataFrame(found).rename(columns=_heading)
+
+
+def _seeds(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The values of every seed of the methods that have several."""
+    several = rows[rows.groupby("method")["seed"].transform("nunique") > 1]
+    order = {name: place for place, name in enumerate(dict.fromkeys(several["method"]))}
+    table = several.sort_values(["method", "seed"], key=lambda x: x.map(order) if x.name == "method" else x)
+    return table[["method", "seed", *columns]].rename(columns=_heading)
+
+
+def seed_by_seed(differences: pd.Series) -> str:
+    """`+6.2 (+4.1, +9.3, +5.4)`: the mean of paired differences and all of them; `–` without any."""
+    known = differences.dropna()
+    if known.empty:
+        return "–"
+    each = f" ({', '.join(f'{value:+z.1f}' for value in known)})" if len(known) > 1 else ""
+    return f"{known.mean():+z.1f}{each}"
+
+
+def with_variants(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs whose `method` says the variant too, `ssepa_plus-long`: what differs gets a row of its own."""
+    names = ["-".join(filter(None, pair)) for pair in zip(runs["method"], runs["variant"], strict=True)]
+    return runs.assign(method=names)
+
+
+def runs_text(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> str:
+    """`run_tables` as Markdown, followed by the settings that the columns belong to."""
+    columns = _measured(runs, [name + mode for mode in TEST_TIME.values() for name in OUTPUTS])
+    parts = [f"## {title}\n\n{to_markdown(table)}" for title, table in run_tables(runs, pairs).items()]
+    for split, rows in runs.groupby("split", sort=False):
+        lines = "\n".join(f"- {line}" for line in describe_settings(rows["settings"].tolist(), columns))
+        parts.append(f"Setting of {split}, one of its runs:\n\n{lines}")
+    return "\n\n".join(parts)
+
+
+def contrasts(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """The pairs that are worth comparing, in the names of `with_variants`.
+
+    A method is compared with the one it extends, with ToCo, and with the one that `ALSO` names, within the
+    same variant; a variant with the method itself.
+
+    Args:
+        runs: rows of `tables.collect_runs`.
+    """
+    known = list(dict.fromkeys(zip(runs["method"], runs["variant"], strict=True)))
+    pairs = []
+    for method, variant in known:
+        siblings = [name for name, other in known if other == variant]
+        wanted = (base_of(method, siblings), ALSO.get(method), BASE)
+        bases = [(base, variant) for base in wanted if base in siblings and base != method]
+        bases += [(method, "")] if variant and (method, "") in known else []
+        pairs += [((method, variant), base) for base in dict.fromkeys(bases)]
+    return [tuple("-".join(filter(None, name)) for name in pair) for pair in pairs]
+
+
+def _reading_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """Methods before their variants; ToCo, other systems, SS-EPA from the plain affinity on, compositions."""
+
+    def place(name: tuple[str, str]) -> tuple:
+        method, variant = name
+        known = (BASE, "", *COMPARED)  # "": where methods of other papers stand
+        return variant != "", "+" in method, known.index(method if method in known else ""), method, variant
+
+    names = list(zip(runs["method"], runs["variant"], strict=True))
+    ranks = {name: rank for rank, name in enumerate(sorted(set(names), key=place))}
+    rank = [ranks[name] for name in names]
+    return runs.assign(rank=rank).sort_values(["rank", "seed"], kind="stable").drop(columns="rank")
+
+
+def stored_runs_text(folder: Path, preset: str) -> str:
+    """`runs_text` of every run below a folder, each compared with what it extends.
+
+    Args:
+        preset: what is trained by the command that the error names.
+
+    Raises:
+        UserError: no run has been scored there.
+    """
+    runs = collect_runs(folder, every=True)
+    if runs.empty:
+        jobs = list(study_jobs(preset, [BASE, "ssepa"], [0], splits={}).values())
+        made = remedy(jobs, f"python -m ssepa_lib study {preset} {BASE} ssepa --seeds 0")
+        raise UserError(f"{folder} holds no run that was scored. {made}".rstrip())
+    runs = _reading_order(runs)
+    return runs_text(with_variants(runs), contrasts(runs))

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ssepa_lib.cli import main
+from ssepa_lib.errors import UserError
+from ssepa_lib.paths import PROJECT
+from ssepa_lib.workbook.run_tables import contrasts, run_tables, seed_by_seed, stored_runs_text, with_variants
+from ssepa_lib.workbook.tables import to_markdown
+
+HERE = "val, 500 images, 224², 500 steps of 4"
+COMMITTED = PROJECT / "results" / "classifier_rate"
+
+
+def runs(**methods):
+    """Rows of `collect_runs`: name of a method → (pseudo-label, segmentation) of the seeds 0, 1, …"""
+    setting = {"split": "val", "images": 500, "size": 224, "steps": 500, "batch": 4, "variant": ""}
+    rows = [
+        {**setting, "method": name, "seed": seed, "pseudo_label": label, "segmentation": segmentation}
+        for name, values in methods.items()
+        for seed, (label, segmentation) in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_means_and_paired_differences_by_hand():
+    found = run_tables(
+        runs(toco=[(30, 10), (34, 20), (38, 30)], ssepa=[(36, 11), (38, 19)]), [("ssepa", "toco")]
+    )
+    means = found[f"{HERE}: mean ± sd, %"].set_index("method")
+    assert means.loc["toco"].tolist() == ["0, 1, 2", "34.0 ± 4.0", "20.0 ± 10.0"]
+    assert means.loc["ssepa", "pseudo-label"] == "37.0 ± 1.4"
+    apart = found[f"{HERE}: paired differences, points of mIoU"].iloc[0]
+    assert apart.tolist() == ["ssepa − toco", "0, 1", "+5.0 (+6.0, +4.0)", "+0.0 (+1.0, -1.0)"]
+    assert len(found[f"{HERE}: seed by seed, %"]) == 5
+
+
+def test_differences_are_over_common_seeds_and_known_numbers():
+    table = runs(toco=[(30, None), (34, None)], mcc=[(31, None)])
+    found = run_tables(table, [("mcc", "toco"), ("afa", "toco")])
+    apart = found[f"{HERE}: paired differences, points of mIoU"]
+    assert apart.to_dict("records") == [{"difference": "mcc − toco", "seeds": "0", "pseudo-label": "+1.0"}]
+    assert seed_by_seed(pd.Series([float("nan")])) == "–" and seed_by_seed(pd.Series([-0.01])) == "+0.0"
+
+
+def test_every_setting_has_its_own_tables_and_further_columns_theirs():
+    few = runs(toco=[(20, 5)]).assign(images=100, segmentation_ms_crf=7.0)
+    table = pd.concat([few, runs(toco=[(30, 10)]).assign(**{"segmentation boundary_iou": 3.0})])
+    found = run_tables(table, [])
+    assert [title.split(": ")[0] for title in found] == [HERE, HERE, *[HERE.replace("500 i", "100 i")] * 2]
+    further = found[f"{HERE}: precision, recall and boundary IoU, %"]
+    assert further.columns.tolist() == ["method", "seeds", "segmentation, boundary IoU"]
+    modes = list(found.values())[-1]
+    assert modes.columns.tolist()[2:] == ["pseudo-label", "segmentation", "segmentation, MS + CRF"]
+
+
+def test_a_seed_that_appears_twice_is_refused():
+    with pytest.raises(UserError, match="several runs share method toco, seed 0"):
+        run_tables(pd.concat([runs(toco=[(30, 10)])] * 2), [])
+
+
+def test_what_is_worth_comparing():
+    table = runs(toco=[(1, 1)], ssepa_plus_mean=[(1, 1)], ssepa_plus=[(1, 1)], mcc=[(1, 1)])
+    long = table[table["method"] != "mcc"].assign(variant="long")
+    assert contrasts(table) == [
+        ("ssepa_plus_mean", "toco"),
+        ("ssepa_plus", "toco"),
+        ("ssepa_plus", "ssepa_plus_mean"),
+        ("mcc", "toco"),
+    ]
+    both = pd.concat([table, long])
+    assert {pair for pair in contrasts(both) if pair[0] == "ssepa_plus-long"} == {
+        ("ssepa_plus-long", "toco-long"),
+        ("ssepa_plus-long", "ssepa_plus_mean-long"),
+        ("ssepa_plus-long", "ssepa_plus"),
+    }
+    assert ("toco-long", "toco") in contrasts(both)
+    assert set(with_variants(long)["method"]) == {"toco-long", "ssepa_plus_mean-long", "ssepa_plus-long"}
+
+
+def test_the_committed_tables_are_those_of_the_command(capsys):
+    assert main(["tables", "runs", "--folder", str(COMMITTED)]) == 0
+    assert capsys.readouterr().out == (COMMITTED / "tables.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_a_readme_are_the_committed_ones():
+    made = set((COMMITTED / "tables.md").read_text(encoding="utf-8").splitlines())
+    readme = (COMMITTED / "README.md").read_text(encoding="utf-8").splitlines()
+    titles = ("| method  ", "| difference  ")  # padded: those that the command made
+    starts = [place for place, line in enumerate(readme) if line.startswith(titles)]
+    assert len(starts) >= 4
+    for start in starts:
+        rows = readme[start : start + readme[start:].index("")]
+        assert set(rows) <= made, [row for row in rows if row not in made]
+
+
+def test_tables_of_runs_that_do_not_exist_name_the_command(tmp_path):
+    with pytest.raises(
+        UserError, match=r"holds no run that was scored\. Not run yet: .*study shapes toco ssepa"
+    ):
+        stored_runs_text(Path(tmp_path), "shapes")
+
+
+def test_a_row_is_readable_markdown():
+    table = run_tables(runs(toco=[(30, 10)]), [])[f"{HERE}: mean ± sd, %"]
+    assert to_markdown(table).splitlines()[-1].split() == [
+        "|",
+        "toco",
+        "|",
+        "0",
+        "|",
+        "30.0",
+        "|",
+        "10.0",
+        "|",
+    ]
