@@ -6,6 +6,7 @@ import pytest
 from ssepa_lib.cli import main
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import PROJECT
+from ssepa_lib.workbook import tables
 from ssepa_lib.workbook.run_tables import contrasts, run_tables, seed_by_seed, stored_runs_text, with_variants
 from ssepa_lib.workbook.tables import to_markdown
 
@@ -15,7 +16,15 @@ COMMITTED = PROJECT / "results" / "classifier_rate"
 
 def runs(**methods):
     """Rows of `collect_runs`: name of a method → (pseudo-label, segmentation) of the seeds 0, 1, …"""
-    setting = {"split": "val", "images": 500, "size": 224, "steps": 500, "batch": 4, "variant": ""}
+    setting = {
+        "split": "val",
+        "images": 500,
+        "size": 224,
+        "steps": 500,
+        "batch": 4,
+        "variant": "",
+        "preset": "voc",
+    }
     rows = [
         {**setting, "method": name, "seed": seed, "pseudo_label": label, "segmentation": segmentation}
         for name, values in methods.items()
@@ -82,6 +91,12 @@ def test_what_is_worth_comparing():
 def test_the_committed_tables_are_those_of_the_command(capsys):
     assert main(["tables", "runs", "--folder", str(COMMITTED)]) == 0
     assert capsys.readouterr().out == (COMMITTED / "tables.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", sorted(tables.evidence()["folder"].unique()))
+def test_every_committed_folder_has_tables(folder):
+    text = stored_runs_text(PROJECT / "results" / folder, "shapes")
+    assert "mean ± sd, %" in text and "Setting of" in text
 
 
 def test_the_tables_of_a_readme_are_the_committed_ones():

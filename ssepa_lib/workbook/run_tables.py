@@ -31,7 +31,8 @@ def run_tables(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> dict[str
         pairs: method and the one it is compared with; a pair that has no seed in common makes no row.
 
     Returns:
-        Title, which names split, images, size and steps → table of texts. Means are in percent with their
+        Title, which names split, images, size and steps, and the preset where there are several → table of
+        texts. Means are in percent with their
         standard deviation over seeds, differences in points of mIoU, seed by seed.
 
     Raises:
@@ -39,9 +40,11 @@ def run_tables(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> dict[str
     """
     found = {}
     runs = runs.sort_values("images", ascending=False, kind="stable")
-    keys = ["split", "images", "size", "steps", "batch"]
-    for (split, images, size, steps, batch), rows in runs.groupby(keys, sort=False):
+    keys = ["preset", "split", "images", "size", "steps", "batch"]
+    several_presets = runs["preset"].nunique() > 1
+    for (preset, split, images, size, steps, batch), rows in runs.groupby(keys, sort=False):
         where = f"{split}, {images} images, {describe_size(size)}, {steps} steps of {batch}"
+        where = f"{preset}, {where}" if several_presets else where
         single, scored = _measured(rows, SHOWN), _measured(rows, (*SHOWN, SCORE))
         further = _measured(rows, [f"{name} {kind}" for name in FINAL for kind in _MEASURES])
         modes = _measured(rows, [name + mode for name in FINAL for mode in TEST_TIME.values()])
