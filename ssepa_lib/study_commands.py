@@ -249,10 +249,10 @@ def tables(
 
     folder = folder or results_root() / plain_name("preset", preset)
     from ssepa_lib.workbook import published
-    from ssepa_lib.workbook.run_tables import stored_runs_text
+    from ssepa_lib.workbook.run_tables import reading_order, stored_runs_text
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 
-    runs = collect_runs(folder)
+    runs = reading_order(collect_runs(folder))
     for each in number:
         if each == "runs":
             print(stored_runs_text(folder, preset))

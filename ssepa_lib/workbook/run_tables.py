@@ -155,8 +155,10 @@ def contrasts(runs: pd.DataFrame) -> list[tuple[str, str]]:
     return [tuple("-".join(filter(None, name)) for name in pair) for pair in pairs]
 
 
-def _reading_order(runs: pd.DataFrame) -> pd.DataFrame:
+def reading_order(runs: pd.DataFrame) -> pd.DataFrame:
     """Methods before their variants; ToCo, other systems, SS-EPA from the plain affinity on, compositions."""
+    if runs.empty:
+        return runs
 
     def place(name: tuple[str, str]) -> tuple:
         method, variant = name
@@ -183,5 +185,5 @@ def stored_runs_text(folder: Path, preset: str) -> str:
         jobs = list(study_jobs(preset, [BASE, "ssepa"], [0], splits={}).values())
         made = remedy(jobs, f"python -m ssepa_lib study {preset} {BASE} ssepa --seeds 0")
         raise UserError(f"{folder} holds no run that was scored. {made}".rstrip())
-    runs = _reading_order(runs)
+    runs = reading_order(runs)
     return runs_text(with_variants(runs), contrasts(runs))
