@@ -252,7 +252,8 @@ def tables(
     from ssepa_lib.workbook.run_tables import reading_order, stored_runs_text
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 
-    runs = reading_order(collect_runs(folder))
+    papers = [each for each in number if each != "runs"]
+    runs = reading_order(collect_runs(folder)) if papers else None
     for each in number:
         if each == "runs":
             print(stored_runs_text(folder, preset))

@@ -74,14 +74,12 @@ def test_two_shards_at_once_train_every_run_once(tmp_path, monkeypatch, capsys):
     assert "[2/2] ssepa_no_affinity-seed0: done (the run of toco-seed0)" in first
     assert "[1/1] ssepa-seed0: done" in second and "toco" not in second.partition("##")[0]
     assert trained(tmp_path) == ["ssepa-seed0", "toco-seed0"] and not list(tmp_path.rglob("*.lock"))
-    assert any("paired differences, points of mIoU" in out for out in (first, second)), (
-        "the last has the table"
-    )
+    assert any("| ssepa − toco " in out for out in (first, second)), "the last has the table"
     files = [path for name in ("weights.safetensors", "metrics.json") for path in tmp_path.rglob(name)]
     before = [path.stat().st_mtime_ns for path in files]
     assert main(command) == 0
     assert [path.stat().st_mtime_ns for path in files] == before and len(files) == 4
-    assert "paired differences, points of mIoU" in capsys.readouterr().out
+    assert "| ssepa − toco " in capsys.readouterr().out
 
 
 def test_a_shard_says_what_is_still_to_come(tmp_path, tiny, monkeypatch, capsys):

@@ -9,7 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from ssepa_lib.errors import UserError
-from ssepa_lib.evaluation.results import OUTPUTS, TEST_TIME, describe_settings, describe_size
+from ssepa_lib.evaluation.results import (
+    OUTPUTS,
+    TEST_TIME,
+    column_names,
+    describe_settings,
+    describe_size,
+    split_column,
+)
 from ssepa_lib.workbook.plan import remedy
 from ssepa_lib.workbook.studies.ablation_study import ALSO, BASE, COMPARED, base_of
 from ssepa_lib.workbook.study import study_jobs
@@ -19,7 +26,7 @@ SHOWN = ("cam", "refined_cam", "pseudo_label", "segmentation")
 FINAL = ("pseudo_label", "segmentation")
 SCORE = "mean_average_precision"
 _WORDS = {"cam": "CAM", "refined_cam": "refined CAM", "pseudo_label": "pseudo-label", SCORE: "mAP"}
-_MODES = {"": "", "_ms": ", MS", "_ms_crf": ", MS + CRF"}  # what a mode adds to a name → to a heading
+_MODES = {"single": "", "ms": ", MS", "ms_crf": ", MS + CRF"}  # test-time mode → what it adds to a heading
 _MEASURES = {"precision": "precision", "recall": "recall", "boundary_iou": "boundary IoU"}
 
 
@@ -69,8 +76,7 @@ def _measured(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
 def _heading(column: str) -> str:
     """A column in words: `segmentation, MS + CRF`, `pseudo-label, recall`."""
     name, _, measure = column.partition(" ")
-    mode = next((mode for mode in ("_ms_crf", "_ms") if name.endswith(mode)), "")
-    output = name.removesuffix(mode)
+    output, mode = split_column(name)
     return _WORDS.get(output, output) + _MODES[mode] + (f", {_MEASURES[measure]}" if measure else "")
 
 
@@ -127,7 +133,7 @@ def with_variants(runs: pd.DataFrame) -> pd.DataFrame:
 
 def runs_text(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> str:
     """`run_tables` as Markdown, followed by the settings that the columns belong to."""
-    columns = _measured(runs, [name + mode for mode in TEST_TIME.values() for name in OUTPUTS])
+    columns = _measured(runs, column_names(OUTPUTS, tuple(TEST_TIME)))
     parts = [f"## {title}\n\n{to_markdown(table)}" for title, table in run_tables(runs, pairs).items()]
     for split, rows in runs.groupby("split", sort=False):
         lines = "\n".join(f"- {line}" for line in describe_settings(rows["settings"].tolist(), columns))
