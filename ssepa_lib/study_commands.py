@@ -106,6 +106,8 @@ def study(
         print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
     else:
         write_study(runs, preset, run_name, methods[0])
+        if curve:
+            _name_runs_without_curve(runs, preset)
 
 
 def _queue(
@@ -149,6 +151,16 @@ def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str) -> 
     write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
     write_text(path.with_suffix(".md"), f"{text}\n")
     print(text, path.with_suffix(".md"), *draw_curves(runs, preset_folder(preset), path.name), sep="\n\n")
+
+
+def _name_runs_without_curve(runs: "pd.DataFrame", preset: str) -> None:
+    """Say which runs `--curve` came too late for: a finished run is not trained again."""
+    from ssepa_lib.workbook.score_curve import read_curve
+    from ssepa_lib.workbook.study import preset_folder
+
+    bare = [run for run in dict.fromkeys(runs["run"]) if read_curve(preset_folder(preset) / run).empty]
+    if bare:
+        print(f"\nFinished before, without a curve: {', '.join(bare)}; delete the folders to repeat them.")
 
 
 def readings(

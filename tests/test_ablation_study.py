@@ -164,17 +164,16 @@ def test_missing_arms_say_command_and_time(tmp_path, monkeypatch):
 
 def test_gains_are_those_of_one_setting_each():
     strong = runs_of({"toco": [30.0, 32.0], "ssepa": [31.0, 31.0], "ssepa_plus": [33.0, 34.0]})
-    weak = runs_of({"toco": [10.0], "ssepa": [20.0], "mcc": [5.0]})
+    strong = pd.concat([strong, runs_of({"mcc": [35.0]})])
+    weak = runs_of({"mcc": [5.0], "toco": [10.0], "ssepa": [20.0], "afa": [5.0]})
     runs = pd.concat([strong.assign(preset="b"), weak.assign(preset="a")])
     table = ablation.gains_by_setting(runs, {"weak": "a", "strong": "b"}, "segmentation")
-    assert table["method"].tolist() == ["ToCo", "HAAF"], "the others are not in both settings"
-    assert table["extends"].tolist() == ["", "ToCo"]
-    assert table["weak"].tolist() == ["10.0", "20.0"] and table["strong"].tolist() == [
-        "31.0 ± 1.4",
-        "31.0 ± 0.0",
-    ]
-    assert table["weak, gain"].tolist() == ["", "+10.0 (1 seed)"]
-    assert table["strong, gain"].tolist() == ["", "+1.0, -1.0 (2 seeds)"]
+    assert table["method"].tolist() == ["ToCo", "HAAF", "MCC"], "the others are not in both settings"
+    assert table["extends"].tolist() == ["", "ToCo", "ToCo"]
+    assert table["weak"].tolist() == ["10.0", "20.0", "5.0"]
+    assert table["strong"].tolist() == ["31.0 ± 1.4", "31.0 ± 0.0", "35.0"]
+    assert table["weak, gain"].tolist() == ["", "+10.0 (1 seed)", "-5.0 (1 seed)"]
+    assert table["strong, gain"].tolist() == ["", "+1.0, -1.0 (2 seeds)", "+5.0 (1 seed)"]
 
 
 def test_micro_backbones_stand_beside_each_other_with_cost_and_quality():

@@ -168,7 +168,8 @@ def test_the_readme_runs_from_top_to_bottom(workplace, capsys):
         bound.keywords.update(shorter.get(name, {}))
         assert not bound(), words
     shown = capsys.readouterr().out
-    assert "paired differences, points of mIoU" in shown and "Table 3" in shown and "native size" in shown
+    assert "paired differences, points of mIoU" in shown and "| ssepa − toco " in shown
+    assert "Table 3" in shown and "native size" in shown
     assert (
         len(list((workplace / "masks").glob("*.png"))) == len(list((workplace / "labels").glob("*.png"))) == 4
     )

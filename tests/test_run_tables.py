@@ -7,7 +7,14 @@ from ssepa_lib.cli import main
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import PROJECT
 from ssepa_lib.workbook import tables
-from ssepa_lib.workbook.run_tables import contrasts, run_tables, seed_by_seed, stored_runs_text, with_variants
+from ssepa_lib.workbook.run_tables import (
+    contrasts,
+    curve_tables,
+    run_tables,
+    seed_by_seed,
+    stored_runs_text,
+    with_variants,
+)
 from ssepa_lib.workbook.tables import to_markdown
 
 HERE = "val, 500 images, 224², 500 steps of 4"
@@ -115,6 +122,22 @@ def test_tables_of_runs_that_do_not_exist_name_the_command(tmp_path):
         UserError, match=r"holds no run that was scored\. Not run yet: .*study shapes toco ssepa"
     ):
         stored_runs_text(Path(tmp_path), "shapes")
+
+
+def test_curves_stand_output_by_output_with_a_column_per_step(tmp_path):
+    """The mean is over the seeds that have a curve; an output without a number has no row."""
+    for run, last in (("toco-seed0", 40), ("toco-seed1", 44), ("ssepa-seed0", 50)):
+        (tmp_path / "voc" / run).mkdir(parents=True)
+        text = f"step,cam,refined_cam,pseudo_label,segmentation\n0,7,,5,1\n500,{last},,33,0.5\n"
+        (tmp_path / "voc" / run / "curve.csv").write_text(text)
+    rows = runs(toco=[(1, 1), (1, 1)], ssepa=[(1, 1), (1, 1)])
+    rows["run"] = [f"{name}-seed{seed}" for name, seed in zip(rows["method"], rows["seed"], strict=True)]
+    (title,), (table,) = zip(*curve_tables(tmp_path, rows).items(), strict=True)
+    assert title == "voc, at most 100 images, 224², 500 steps of 4: while it is trained, mIoU, %"
+    assert list(table.columns) == ["output", "method", "seeds", "0", "500"]
+    assert table.iloc[:2].values.tolist() == [["CAM", "toco", 2, 7.0, 42.0], ["CAM", "ssepa", 1, 7.0, 50.0]]
+    assert table["output"].unique().tolist() == ["CAM", "pseudo-label", "segmentation"]
+    assert curve_tables(tmp_path / "none", rows) == {}
 
 
 def test_a_row_is_readable_markdown():

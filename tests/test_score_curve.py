@@ -95,5 +95,9 @@ def test_a_study_scores_its_runs_and_draws_their_curves(tmp_path, monkeypatch, c
     figure = tmp_path / "shapes" / "figures" / "study-longer-curves.png"
     assert str(figure) in capsys.readouterr().out and figure.stat().st_size > 3000
     assert read_curve(tmp_path / "shapes" / "ssepa-longer-seed1")["step"].tolist() == [0, 1, 2]
+    for run in ("toco-longer-seed0", "ssepa-longer-seed1"):
+        (tmp_path / "shapes" / run / "curve.csv").unlink()
+    assert main([*command, "--set=optim.lr=0.001", "--curve", "2"]) == 0
+    assert "without a curve: toco-longer-seed0, ssepa-longer-seed1;" in capsys.readouterr().out
     assert main(["study", "shapes", "toco", "--curve", "-1"]) == 2
     assert "curve is -1" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from ssepa_lib.evaluation.results import (
     split_column,
 )
 from ssepa_lib.workbook.plan import remedy
+from ssepa_lib.workbook.score_curve import IMAGES, SCORED, stored_curves
 from ssepa_lib.workbook.studies.ablation_study import ALSO, BASE, COMPARED, base_of
 from ssepa_lib.workbook.study import study_jobs
 from ssepa_lib.workbook.tables import collect_runs, plus_minus_columns, require_seeds, summary, to_markdown
@@ -141,6 +142,35 @@ def runs_text(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
+def curve_tables(folder: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What runs reached while they were trained, for those that were scored meanwhile (`study --curve`).
+
+    Args:
+        folder: which the runs lie below.
+        runs: rows of `collect_runs`; every `method` is a row for each of its outputs.
+
+    Returns:
+        Title with the setting → table with a column per step; mean over seeds, percent.
+    """
+    found = {}
+    keys = ["preset", "size", "steps", "batch"]
+    for (preset, size, steps, batch), rows in runs.groupby(keys, sort=False):
+        table = _against_steps(stored_curves(folder, rows))
+        where = f"{preset}, at most {IMAGES} images, {describe_size(size)}, {steps} steps of {batch}"
+        found |= {f"{where}: while it is trained, mIoU, %": table} if len(table) else {}
+    return found
+
+
+def _against_steps(curves: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `mean_curves` with one column per step, output by output."""
+    rows = []
+    for output in SCORED:
+        for method, own in curves.dropna(subset=output).groupby("method", sort=False):
+            row = {"output": _heading(output), "method": method, "seeds": own["seeds"].iloc[0]}
+            rows.append(row | {f"{step:g}": value for step, value in own.set_index("step")[output].items()})
+    return pd.DataFrame(rows)
+
+
 def contrasts(runs: pd.DataFrame) -> list[tuple[str, str]]:
     """The pairs that are worth comparing, in the names of `with_variants`.
 
@@ -192,4 +222,6 @@ def stored_runs_text(folder: Path, preset: str) -> str:
         made = remedy(jobs, f"python -m ssepa_lib study {preset} {BASE} ssepa --seeds 0")
         raise UserError(f"{folder} holds no run that was scored. {made}".rstrip())
     runs = reading_order(runs)
-    return runs_text(with_variants(runs), contrasts(runs))
+    named = with_variants(runs)
+    curves = [f"## {title}\n\n{to_markdown(t)}" for title, t in curve_tables(folder, named).items()]
+    return "\n\n".join([runs_text(named, contrasts(runs)), *curves])

@@ -91,6 +91,19 @@ def mean_curves(folders: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
+def stored_curves(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """`mean_curves` of runs of one setting that lie below a folder.
+
+    Args:
+        runs: columns preset, run and method, as `tables.collect_runs` has them.
+    """
+    paths = {(path.parent.parent.name, path.parent.name): path.parent for path in sorted(folder.rglob(FILE))}
+    runs = runs.drop_duplicates(["preset", "run"])
+    runs = runs[[run in paths for run in zip(runs["preset"], runs["run"], strict=True)]]
+    folders = pd.Series([paths[run] for run in zip(runs["preset"], runs["run"], strict=True)], dtype=object)
+    return mean_curves(dict(list(folders.groupby(runs["method"].to_numpy(), sort=False))))
+
+
 def draw_curves(runs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """Draw what the runs of a study reached while they were trained.
 
@@ -104,8 +117,7 @@ def draw_curves(runs: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """
     from ssepa_lib.workbook.figures import plot_score_curves, save_figure, use_style
 
-    by_method = runs.groupby("method", sort=False)["run"].unique()
-    curves = mean_curves({method: [folder / run for run in found] for method, found in by_method.items()})
+    curves = stored_curves(folder, runs)
     if curves.empty:
         return []
     use_style()

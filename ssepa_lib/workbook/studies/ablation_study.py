@@ -126,7 +126,8 @@ def gains_by_setting(runs: pd.DataFrame, worlds: Mapping[str, str], output: str)
     values = {
         world: _by_method(runs[runs["preset"] == preset], "val", output) for world, preset in worlds.items()
     }
-    methods = [m for m in (BASE, *COMPARED) if all(m in by_method for by_method in values.values())]
+    known = dict.fromkeys([BASE, *COMPARED, *itertools.chain(*values.values())])
+    methods = [m for m in known if all(m in by_method for by_method in values.values())]
     rows = []
     for method in methods:
         base = base_of(method, methods)
