@@ -72,6 +72,7 @@ def study(
     test_time: TestTimes = ("single",),
     run_name: str = "",
     curve: int = 0,
+    arms: tuple[str, ...] = (),
     changes: Changes = (),
     device: Device = "auto",
     processes: Number = None,
@@ -91,9 +92,13 @@ def study(
         size: Side to which images are resized for scoring, as in evaluate.
         run_name: Added to the names of the folders.
         curve: How often to score a run while it is trained, on 100 images of the first split; 0: never.
+        arms: Train FSR's arms too: terms, mask ratio, selection, aggregation, augmentation or views.
         processes: Worker processes; by default one per GPU, without a GPU one per CPU core.
         shard: Only the I-th of N shares of the runs, for several machines; the last makes the tables.
     """
+    from ssepa_lib.workbook.ablations import chosen_arms
+    from ssepa_lib.workbook.run_tables import write_study
+
     if not (methods and seeds and splits):
         raise UserError("study needs methods, seeds and splits: study shapes toco ssepa --seeds 0 1.")
     at_least(0, steps=steps, size=size or 0, curve=curve)
@@ -101,13 +106,12 @@ def study(
     scoring = {"test_time": test_time, "size": size}
     options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
     options |= {"steps": steps, "device": device, "run_name": run_name, "curve": curve}
+    options |= {"arms": chosen_arms(arms)} if arms else {}
     runs, missing = _queue((preset, methods, seeds), options, processes, shard, yes)
     if missing:
         print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
     else:
-        write_study(runs, preset, run_name, methods[0])
-        if curve:
-            _name_runs_without_curve(runs, preset)
+        print(write_study(runs, preset, run_name, curve=curve > 0))
 
 
 def _queue(
@@ -134,33 +138,8 @@ def _queue(
     display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
     with display.show():
         runs = run_study(*what, **options, report=display, processes=number, shard=part)
-    done = set(zip(runs["method"], runs["seed"], strict=True)) if len(runs) else set()
+    done = runs.drop_duplicates(["method", "variant", "seed"]) if len(runs) else runs
     return runs, len(jobs) - len(done)
-
-
-def write_study(runs: "pd.DataFrame", preset: str, run_name: str, base: str) -> None:
-    """Write the tables of a study as CSV and Markdown, and print them."""
-    from ssepa_lib.files import write_csv, write_text
-    from ssepa_lib.workbook.run_tables import runs_text
-    from ssepa_lib.workbook.score_curve import draw_curves
-    from ssepa_lib.workbook.study import preset_folder
-
-    path = preset_folder(preset) / "tables" / "-".join(filter(None, ("study", run_name)))
-    text = runs_text(runs, [(method, base) for method in dict.fromkeys(runs["method"]) if method != base])
-    table = runs.drop(columns="settings")
-    write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
-    write_text(path.with_suffix(".md"), f"{text}\n")
-    print(text, path.with_suffix(".md"), *draw_curves(runs, preset_folder(preset), path.name), sep="\n\n")
-
-
-def _name_runs_without_curve(runs: "pd.DataFrame", preset: str) -> None:
-    """Say which runs `--curve` came too late for: a finished run is not trained again."""
-    from ssepa_lib.workbook.score_curve import read_curve
-    from ssepa_lib.workbook.study import preset_folder
-
-    bare = [run for run in dict.fromkeys(runs["run"]) if read_curve(preset_folder(preset) / run).empty]
-    if bare:
-        print(f"\nFinished before, without a curve: {', '.join(bare)}; delete the folders to repeat them.")
 
 
 def readings(

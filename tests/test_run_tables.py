@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import TINY
 
 from ssepa_lib.cli import main
 from ssepa_lib.errors import UserError
@@ -115,6 +116,22 @@ def test_the_tables_of_a_readme_are_the_committed_ones():
     for start in starts:
         rows = readme[start : start + readme[start:].index("")]
         assert set(rows) <= made, [row for row in rows if row not in made]
+
+
+def test_a_study_trains_the_arms_of_fsr_beside_the_method(tmp_path, monkeypatch, capsys):
+    """An arm that is the method itself is not trained again; every arm is compared with the method."""
+    monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path))
+    small = {**TINY, "train.steps": 2, "data.val_images": 2}
+    changes = [f"--set={key}={value}" for key, value in small.items() if key != "train.device"]
+    options = ["--seeds", "0", "--splits", "val", "--device", "cpu", "--processes", "1", "--run-name", "s"]
+    assert main(["study", "shapes", "fsr", "--arms", "selection", "aggregation", *options, *changes]) == 0
+    shown = capsys.readouterr().out
+    folders = {path.parent.name for path in tmp_path.rglob("weights.safetensors")}
+    assert folders == {f"fsr-s{arm}-seed0" for arm in ("", "-random", "-edge", "-strict", "-gap", "-gmp")}
+    rows = [line for line in shown.splitlines() if line.startswith("| fsr-")]
+    assert sum("− fsr-s " in line for line in rows) == 7, "the arms of both questions, but not the method"
+    assert main(["study", "shapes", "fsr", "--arms", "mask", *options, *changes]) == 2
+    assert "--arms is 'mask'; choose one or more of terms, mask ratio," in capsys.readouterr().err
 
 
 def test_tables_of_runs_that_do_not_exist_name_the_command(tmp_path):

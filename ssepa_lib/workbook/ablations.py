@@ -1,6 +1,9 @@
 """What is compared beside the methods: FSR's arms, name → recipe overrides on top of `fsr`, and backbones."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from ssepa_lib.errors import UserError
 
 FSR_ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "terms": {"unc and cer": {}, "unc only": {"losses.cer": 0.0}, "cer only": {"losses.unc": 0.0}},
@@ -12,3 +15,15 @@ FSR_ARMS: dict[str, dict[str, dict[str, Any]]] = {
 }
 MICRO = {"ViT": "", "Swin": "/swin_micro", "EfficientFormer": "/efficientformer_micro"}
 """The backbones of the built-in data: family → what is added to the name of a method."""
+
+
+def chosen_arms(questions: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The arms of some questions of FSR_ARMS, after the method as it is, whose name is empty.
+
+    Raises:
+        UserError: a question is unknown.
+    """
+    for name in questions:
+        if name not in FSR_ARMS:
+            raise UserError(f"--arms is '{name}'; choose one or more of {', '.join(FSR_ARMS)}.")
+    return {"": {}} | {arm: own for name in questions for arm, own in FSR_ARMS[name].items()}

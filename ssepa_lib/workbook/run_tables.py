@@ -17,10 +17,11 @@ from ssepa_lib.evaluation.results import (
     describe_size,
     split_column,
 )
+from ssepa_lib.files import write_csv, write_text
 from ssepa_lib.workbook.plan import remedy
-from ssepa_lib.workbook.score_curve import IMAGES, SCORED, stored_curves
+from ssepa_lib.workbook.score_curve import IMAGES, SCORED, draw_curves, read_curve, stored_curves
 from ssepa_lib.workbook.studies.ablation_study import ALSO, BASE, COMPARED, base_of
-from ssepa_lib.workbook.study import study_jobs
+from ssepa_lib.workbook.study import preset_folder, study_jobs
 from ssepa_lib.workbook.tables import collect_runs, plus_minus_columns, require_seeds, summary, to_markdown
 
 SHOWN = ("cam", "refined_cam", "pseudo_label", "segmentation")
@@ -169,6 +170,35 @@ def _against_steps(curves: pd.DataFrame) -> pd.DataFrame:
             row = {"output": _heading(output), "method": method, "seeds": own["seeds"].iloc[0]}
             rows.append(row | {f"{step:g}": value for step, value in own.set_index("step")[output].items()})
     return pd.DataFrame(rows)
+
+
+def write_study(runs: pd.DataFrame, preset: str, run_name: str, *, curve: bool = False) -> str:
+    """Write the tables of a study as CSV and Markdown, and the figure of its curves.
+
+    Args:
+        runs: from `run_study`; differences are taken from the first row's method and arm.
+        run_name: of the study; the files are `study-<run_name>`.
+        curve: whether runs should have a curve; names those that have none.
+
+    Returns:
+        The tables and the files, as a user reads them.
+    """
+    folder = preset_folder(preset)
+    path = folder / "tables" / "-".join(filter(None, ("study", run_name)))
+    table = runs.drop(columns="settings")
+    write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
+    named = with_variants(runs) if runs["variant"].nunique() > 1 else runs
+    base, *others = dict.fromkeys(named["method"])
+    text = runs_text(named, [(method, base) for method in others])
+    write_text(path.with_suffix(".md"), f"{text}\n")
+    files = [path.with_suffix(".md"), *draw_curves(named, folder, path.name)]
+    parts = [text, *map(str, files)]
+    bare = [run for run in dict.fromkeys(runs["run"]) if curve and read_curve(folder / run).empty]
+    if bare:
+        parts.append(
+            f"Finished before, without a curve: {', '.join(bare)}; delete the folders to repeat them."
+        )
+    return "\n\n".join(parts)
 
 
 def contrasts(runs: pd.DataFrame) -> list[tuple[str, str]]:
