@@ -104,9 +104,8 @@ def study(
     at_least(0, steps=steps, size=size or 0, curve=curve)
     one_or_more(test_time=test_time)
     scoring = {"test_time": test_time, "size": size}
-    options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes)}
-    options |= {"steps": steps, "device": device, "run_name": run_name, "curve": curve}
-    options |= {"arms": chosen_arms(arms)} if arms else {}
+    options = {"splits": dict.fromkeys(splits, scoring), "changes": pairs(changes), "steps": steps}
+    options |= {"device": device, "run_name": run_name, "curve": curve, "arms": chosen_arms(arms)}
     runs, missing = _queue((preset, methods, seeds), options, processes, shard, yes)
     if missing:
         print(f"Shard {shard} is done; {missing} runs are still to come from the others.")

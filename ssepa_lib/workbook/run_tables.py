@@ -113,9 +113,8 @@ def _differences(
 def _seeds(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The values of every seed of the methods that have several."""
     several = rows[rows.groupby("method")["seed"].transform("nunique") > 1]
-    order = {name: place for place, name in enumerate(dict.fromkeys(several["method"]))}
-    table = several.sort_values(["method", "seed"], key=lambda x: x.map(order) if x.name == "method" else x)
-    return table[["method", "seed", *columns]].rename(columns=_heading)
+    table = several.assign(method=pd.Categorical(several["method"], several["method"].unique()))
+    return table.sort_values(["method", "seed"])[["method", "seed", *columns]].rename(columns=_heading)
 
 
 def seed_by_seed(differences: pd.Series) -> str:

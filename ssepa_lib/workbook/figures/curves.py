@@ -91,7 +91,9 @@ def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
         Axes of the panels.
     """
     outputs = [name for name in OUTPUT_NAMES if name in curves and curves[name].notna().any()]
-    figure, axes = plt.subplots(1, len(outputs), figsize=(2.6 * len(outputs), 2.8), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(outputs), figsize=(2.6 * len(outputs), 2.8), sharey=True, squeeze=False
+    )
     for ax, output in zip(axes[0], outputs, strict=True):
         for method, rows in curves.groupby("method", sort=False):
             shown = rows.dropna(subset=[output])
