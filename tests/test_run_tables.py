@@ -157,6 +157,11 @@ def test_curves_stand_output_by_output_with_a_column_per_step(tmp_path):
     assert table.iloc[:2].values.tolist() == [["CAM", "toco", 2, 7.0, 42.0], ["CAM", "ssepa", 1, 7.0, 50.0]]
     assert table["output"].unique().tolist() == ["CAM", "pseudo-label", "segmentation"]
     assert curve_tables(tmp_path / "none", rows) == {}
+    shared = rows[rows["run"] == "toco-seed0"].assign(method="ssepa_no_affinity")  # one run, two names
+    resized = rows.assign(size=448, images=10)
+    (again,) = curve_tables(tmp_path, pd.concat([resized, rows, shared], ignore_index=True)).items()
+    assert again[0] == title, "the curve is that of the study, not of a result at another size"
+    assert again[1].query("output == 'CAM'")["method"].tolist() == ["toco", "ssepa", "ssepa_no_affinity"]
 
 
 def test_a_row_is_readable_markdown():

@@ -97,8 +97,8 @@ def stored_curves(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     Args:
         runs: columns preset, run and method, as `tables.collect_runs` has them.
     """
-    paths = {(path.parent.parent.name, path.parent.name): path.parent for path in sorted(folder.rglob(FILE))}
-    runs = runs.drop_duplicates(["preset", "run"])
+    paths = {(path.parent.parent.name, path.parent.name): path.parent for path in folder.rglob(FILE)}
+    runs = runs.drop_duplicates(["preset", "run", "method"])  # two methods can share a run
     runs = runs[[run in paths for run in zip(runs["preset"], runs["run"], strict=True)]]
     folders = pd.Series([paths[run] for run in zip(runs["preset"], runs["run"], strict=True)], dtype=object)
     return mean_curves(dict(list(folders.groupby(runs["method"].to_numpy(), sort=False))))
