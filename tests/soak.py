@@ -2,7 +2,7 @@
 
 `make soak` trains five methods for 24 steps each, scores them with the dense CRF and writes pseudo-labels.
 Twenty times SIGKILL ends the command in between: in a step, while a checkpoint is written, in an evaluation,
-with CRF workers at work, in an export. The same command then goes on. The losses, the final weights, the
+with CRF workers at work, in an export. The same command then resumes it. The losses, the final weights, the
 checkpoint (optimiser, scheduler, teacher, centres), the scores and the pseudo-labels must be those of the
 undisturbed run, bit for bit, and no process may be left. The report goes to `results/soak`.
 

@@ -75,18 +75,18 @@ def mean_curves(folders: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
     """The curves of several methods, mean over the seeds that have one.
 
     Args:
-        folders: method → run folders.
+        folders: method → run folders, whose names end in `-seed<k>`.
 
     Returns:
-        Columns method, seeds, step and the outputs; a step counts where every seed was scored at it.
+        Columns method, seeds (`0, 1`), step and the outputs; a step counts where every seed was scored at it.
     """
     tables = []
     for method, runs in folders.items():
-        curves = [curve for curve in map(read_curve, runs) if len(curve)]
+        curves = {run.name.rpartition("-seed")[2]: curve for run in runs if len(curve := read_curve(run))}
         if curves:
-            steps = pd.concat(curves).groupby("step")
+            steps = pd.concat(curves.values()).groupby("step")
             mean = steps.mean()[steps.size() == len(curves)].reset_index()
-            tables.append(mean.assign(method=method, seeds=len(curves)))
+            tables.append(mean.assign(method=method, seeds=", ".join(curves)))
     columns = ["method", "seeds", "step", *SCORED]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 

@@ -130,7 +130,7 @@ GLOSSARY = {
     ),
     "paired difference": Term("A paired difference compares two methods on the same seed.", "06 §2"),
     "part activation": Term(
-        "A map shows part activation if it lies on the part that tells the class and on nothing else.",
+        "A map shows part activation if it lies on the part that identifies the class and on nothing else.",
         "00 §4, 04 §9",
     ),
     "patch": Term("A patch is a small square of the image, the unit in which the transformer sees.", "00 §4"),

@@ -12,7 +12,7 @@ from ssepa_lib.workbook.figures.images import Array, plot_cam, plot_image, to_nu
 from ssepa_lib.workbook.figures.style import own_axes
 
 RUNGS = (
-    ("labels only", "minutes", "Does the network tell the classes apart at all?"),
+    ("labels only", "minutes", "Does the network distinguish the classes at all?"),
     ("explorer", "minutes", "Does an affinity follow objects, or edges and corners?"),
     ("flip consistency", "seconds", "Which images are certainly bad? Never: which are good."),
     ("ten masks", "an hour", "What is the mIoU, give or take the interval?"),
