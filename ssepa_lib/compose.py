@@ -1,7 +1,8 @@
 """Recipes from files: `load_recipe("voc/fsr+ssepa", {"train.steps": 500})`.
 
 A name is `data/method[/backbone]`; its parts are YAML files below `recipes/`, merged in this order into the
-defaults. Methods compose with `+`. A name ending in .yaml is a path, such as that of a run's `recipe.yaml`.
+defaults. Methods compose with `+`; what a method needs on some data alone is a file of `recipes/pair`, merged
+directly after the method. A name ending in .yaml is a path, such as that of a run's `recipe.yaml`.
 Settings that have been renamed are still understood, wherever they come from.
 """
 
@@ -27,6 +28,7 @@ from ssepa_lib.recipe import Recipe
 FORMAT = 2  # of recipe files; raised when an older version could not read them
 SUFFIXES = (".yaml", ".yml")
 KINDS = ("data", "method", "backbone")
+PAIR = "pair"  # folder of what a method needs on some data alone, <data>+<method>.yaml
 ALIASES = {"ssepa_fsr": "fsr+ssepa"}  # methods that have become compositions
 RENAMED: dict[
     str, str | dict[str, str]
@@ -143,7 +145,7 @@ def explain(key: str) -> str:
 def list_parts() -> str:
     """The parts of which recipes are made, each with the first sentence of its file."""
     lines = []
-    for kind in KINDS:
+    for kind in (*KINDS, PAIR):
         lines.append(f"{kind}:")
         for path in sorted((RECIPES / kind).glob("*.yaml")):
             lines.append(f"  {path.stem:20} {_first_sentence(path.read_text(encoding='utf-8'))}")
@@ -176,6 +178,8 @@ def _files(name: str) -> list[Path]:
                     f"recipe '{name}': there is no {kind} '{part}'; choose one of {', '.join(known)}."
                 )
             files.append(path)
+            pair = RECIPES / PAIR / f"{parts[0]}+{part}.yaml"
+            files += [pair] if kind == "method" and pair.is_file() else []
     return files
 
 

@@ -38,6 +38,21 @@ def test_every_shipped_recipe_loads(name):
     assert load_recipe(name).name == name
 
 
+def test_what_a_method_needs_on_some_data_replaces_the_setting_of_the_data():
+    def rate(name, **overrides):
+        return load_recipe(name, overrides).optim.classifier_lr_factor
+
+    found = [rate(name) for name in ("voc_mini/fsr", "voc_mini/fsr+ssepa_plus", "voc_mini/ssepa_plus+fsr")]
+    assert found == [5.0] * 3 and rate("voc_mini/ssepa_plus") == 20.0 and rate("voc/fsr") == 1.0
+    assert rate("voc_mini/fsr", **{"optim.classifier_lr_factor": 7}) == 7.0
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "pair").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_pair_belongs_to_data_and_a_method_that_exist(file):
+    data, method = file.stem.split("+")
+    assert (RECIPES / "data" / f"{data}.yaml").is_file() and (RECIPES / "method" / f"{method}.yaml").is_file()
+
+
 def test_hashes_are_those_of_the_stored_table(monkeypatch):
     monkeypatch.delenv("FOLDER_ROOT", raising=False)
     assert {name: load_recipe(name).hash() for name in NAMES} == json.loads(HASHES.read_text())
