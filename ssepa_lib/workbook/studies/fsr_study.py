@@ -4,7 +4,8 @@ The paper's numbers are not among our sources, only its statements; ours are com
 `results/shapes_reference`) or come from the arms that a notebook trains (`ablations.FSR_ARMS`).
 """
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -133,13 +134,26 @@ def questions(live: Mapping[str, pd.DataFrame] | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def missing_arms(preset: str, question: str, seeds: list[int], **options: object) -> str:
+def missing_arms(
+    preset: str,
+    question: str,
+    seeds: Sequence[int],
+    *,
+    steps: int = 0,
+    device: str = "auto",
+    run_name: str = "",
+    changes: Mapping[str, object] | None = None,
+) -> str:
     """What makes the runs of a question that are not there yet, and how long it takes; empty if all are.
 
     Args:
         question: key of FSR_ARMS.
-        options: steps, device, run_name and changes, as for `study.run_study`.
+        steps, device, run_name, changes: as for `study.run_study`.
     """
+    options = {"steps": steps, "device": device, "run_name": run_name, "changes": changes}
     jobs = study_jobs(preset, ["fsr"], seeds, splits={}, arms=FSR_ARMS[question], **options)
-    command = f"python -m ssepa_lib workbook --preset {preset} --only 06 -p 'fsr_tables=[\"{question}\"]'"
-    return remedy(list(jobs.values()), command)
+    words = ["study", preset, "fsr", "--arms", question, "--seeds", *map(str, seeds)]
+    words += ["--steps", str(steps)] if steps else []
+    words += ["--run-name", run_name] if run_name else []
+    words += [word for name, value in (changes or {}).items() for word in ("--set", f"{name}={value}")]
+    return remedy(list(jobs.values()), f"python -m ssepa_lib {shlex.join(words)}")
