@@ -64,10 +64,8 @@ def write(folder, steps, value):
 
 
 def test_curves_are_averaged_over_the_seeds_that_have_one(tmp_path):
-    first, last = (
-        write(tmp_path / f"toco-seed{k}", steps, k) for k, steps in ((1, (0, 10, 20)), (3, (0, 20)))
-    )
-    table = mean_curves({"toco": [first, last, tmp_path / "none"], "fsr": [tmp_path / "none"]})
+    runs = [write(tmp_path / "toco-seed1", (0, 10, 20), 1), write(tmp_path / "toco-seed3", (0, 20), 3)]
+    table = mean_curves({"toco": [*runs, tmp_path / "none"], "fsr": [tmp_path / "none"]})
     assert table["method"].tolist() == ["toco", "toco"] and table["seeds"].tolist() == ["1, 3", "1, 3"]
     assert table["step"].tolist() == [0, 20] and table["cam"].tolist() == [2, 22]
     axes = plot_score_curves(table)

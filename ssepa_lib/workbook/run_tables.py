@@ -153,11 +153,10 @@ def curve_tables(folder: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
         Title with the setting → table with a column per step; mean over seeds, percent.
     """
     # a run that was scored at several sizes counts once, where most images were scored: in the study itself
-    most = runs.sort_values("images", ascending=False, kind="stable")
-    most = most.drop_duplicates(["preset", "run", "method"])
+    most = runs.groupby(["preset", "run", "method"])["images"].idxmax()
     found = {}
     keys = ["preset", "size", "steps", "batch"]
-    for (preset, size, steps, batch), rows in runs.loc[runs.index.isin(most.index)].groupby(keys, sort=False):
+    for (preset, size, steps, batch), rows in runs[runs.index.isin(most)].groupby(keys, sort=False):
         table = _against_steps(stored_curves(folder, rows))
         where = f"{preset}, at most {IMAGES} images, {describe_size(size)}, {steps} steps of {batch}"
         found |= {f"{where}: while it is trained, mIoU, %": table} if len(table) else {}
