@@ -221,7 +221,7 @@ def haaf(
 
 
 def tables(
-    number: Positional[tuple[Literal[1, 2, 3, 5, "field", "runs"], ...]] = (1, 2, 3, 5, "field"),
+    number: Positional[tuple[Literal[1, 2, 3, 5, "field", "fsr", "runs"], ...]] = (1, 2, 3, 5, "field"),
     *,
     preset: str = "voc",
     folder: AnyFolder = None,
@@ -231,7 +231,8 @@ def tables(
     Example: python -m ssepa_lib tables runs --folder results/classifier_rate
 
     Args:
-        number: Numbers of the paper's tables; field: other systems; runs: what runs reached.
+        number: Numbers of the paper's tables; field: other systems; fsr: the questions of FSR's ablations and
+            what the project's own runs say; runs: what the runs of the preset or folder reached.
         preset: Data recipe whose runs are shown.
         folder: Show the runs below this folder instead.
     """
@@ -240,13 +241,18 @@ def tables(
     folder = folder or results_root() / plain_name("preset", preset)
     from ssepa_lib.workbook import published
     from ssepa_lib.workbook.run_tables import reading_order, stored_runs_text
+    from ssepa_lib.workbook.studies import fsr_study
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 
-    papers = [each for each in number if each != "runs"]
-    runs = reading_order(collect_runs(folder)) if papers else None
+    beside = set(number) - {"runs", "fsr"}
+    runs = reading_order(collect_runs(folder)) if beside else None
     for each in number:
         if each == "runs":
             print(stored_runs_text(folder, preset))
+        elif each == "fsr":
+            for output, title in (("pseudo_label", "pseudo-label"), ("segmentation", "segmentation")):
+                table = fsr_study.questions(output=output)
+                print(f"\n## FSR's ablations: {title}, points of mIoU\n\n{to_markdown(table)}")
         else:
             print(f"\nTable {each}\n\n{to_markdown(getattr(published, f'table_{each}')(runs))}")
 

@@ -13,9 +13,10 @@ from ssepa_lib.model import Attention
 from ssepa_lib.paths import PROJECT
 from ssepa_lib.recipe import AffinityConfig
 from ssepa_lib.workbook import tables
-from ssepa_lib.workbook.ablations import FSR_ARMS
+from ssepa_lib.workbook.ablations import FSR_ARMS, base_of
 from ssepa_lib.workbook.studies import ablation_study as ablation
 from ssepa_lib.workbook.studies import fsr_study
+from ssepa_lib.workbook.tables import in_words
 
 
 def runs_of(values, split="val"):
@@ -31,10 +32,10 @@ def runs_of(values, split="val"):
 
 def test_a_method_is_compared_with_the_one_it_extends():
     methods = ["toco", "ssepa_affinity", "ssepa", "mcc", "fsr+ssepa"]
-    assert ablation.base_of("ssepa", methods) == "ssepa_affinity"
-    assert ablation.base_of("ssepa", ["toco", "ssepa"]) == "toco", "its own base was not run"
-    assert ablation.base_of("mcc", methods) == "toco" and ablation.base_of("fsr+ssepa", methods) == "ssepa"
-    assert ablation.base_of("toco", methods) is None and ablation.base_of("mcc", ["mcc"]) is None
+    assert base_of("ssepa", methods) == "ssepa_affinity"
+    assert base_of("ssepa", ["toco", "ssepa"]) == "toco", "its own base was not run"
+    assert base_of("mcc", methods) == "toco" and base_of("fsr+ssepa", methods) == "ssepa"
+    assert base_of("toco", methods) is None and base_of("mcc", ["mcc"]) is None
 
 
 def test_differences_are_paired_by_seed():
@@ -65,8 +66,8 @@ def test_spread_says_nothing_with_two_seeds():
     assert (three["seeds"], three["mean"], three["least"], three["most"]) == (3, 0, -3, 2)
     assert three["sd"] == pytest.approx(math.sqrt(7)) and three["above 0"] == pytest.approx(2 / 3)
     assert two["seeds"] == 2 and math.isnan(two["sd"])
-    assert ablation.in_words([1, 2, -3]) == "+0.0 ± 2.6 (3 seeds)"
-    assert ablation.in_words([1, -2]) == "+1.0, -2.0 (2 seeds)" and ablation.in_words([]) == "– (0 seeds)"
+    assert in_words([1, 2, -3]) == "+0.0 ± 2.6 (3 seeds)"
+    assert in_words([1, -2]) == "+1.0, -2.0 (2 seeds)" and in_words([]) == "– (0 seeds)"
 
 
 def test_seeds_needed_by_hand():
@@ -144,15 +145,45 @@ def test_fsr_questions_on_committed_runs_and_live_ones():
     assert table.loc["Does unc.FSR help?", "photographs"] == "helps: +3.8 ± 1.1 (3 seeds)"
     assert table.loc["Does unc.FSR help?", "built-in"].startswith("not shown: -0.1 ± 0.0")
     assert table.loc["AutoAugment?", "built-in"].startswith("hurts: -4.7")
-    assert table.loc["Which mask ratio?", "photographs"] == "not run" and "this run" not in table
+    assert table.loc["MCA or GAP?", "photographs"] == "not shown: -2.6, +2.5 (2 seeds)"
+    assert table.loc["MCA or GAP?", "built-in"] == "not run" and "this run" not in table
     arms = [
-        {"variant": arm, "seed": seed, "pseudo_label": 10.0 * i + seed}
+        {"preset": "shapes", "variant": arm, "seed": seed, "pseudo_label": 10.0 * i + seed}
         for i, arm in enumerate(FSR_ARMS["views"])
         for seed in (0, 1)
     ]
     live = fsr_study.questions({"views": pd.DataFrame(arms)}).set_index("question")
     assert live.loc["FSR's views or ToCo's?", "this run"] == "helps: +10.0, +10.0 (2 seeds)"
-    assert live.loc["Which aggregator?", "this run"] == "not run"
+    assert live.loc["MCA or GAP?", "this run"] == "not run"
+
+
+def test_committed_arms_of_fsr_are_the_stored_runs():
+    """By hand: loose − strict from the two files; the method itself stands for its arm of every question."""
+    folder = PROJECT / "results/fsr_arms/gpu"
+    own, strict = (
+        json.loads((folder / run / "metrics.json").read_text())["val"]["miou"]["segmentation"]
+        for run in ("fsr-seed1", "fsr-strict-seed1")
+    )
+    arms = fsr_study.committed_arms()["photographs"]
+    question = next(q for q in fsr_study.QUESTIONS if q.base == "strict")
+    difference = fsr_study.arm_difference(arms, question, "segmentation")
+    assert difference["gpu", 1] == pytest.approx(own - strict)
+    method = arms[(arms["preset"] == "gpu") & (arms["run"] == "fsr-seed1")]
+    assert dict(zip(method["question"], method["arm"], strict=True)) == {
+        "terms": "unc and cer",
+        "mask ratio": "r = 0.4",
+        "selection": "loose",
+        "aggregation": "mca",
+        "augmentation": "none",
+        "views": "fsr",
+    }
+
+
+def test_arms_are_compared_within_what_was_trained_together():
+    question = fsr_study.QUESTIONS[0]
+    rows = [("a", question.changed, 50.0), ("b", question.changed, 30.0), ("b", question.base, 20.0)]
+    runs = pd.DataFrame(rows, columns=["preset", "arm", "pseudo_label"]).assign(question="terms", seed=0)
+    assert fsr_study.arm_difference(runs, question).to_dict() == {("b", 0): 10.0}
 
 
 def test_missing_arms_say_command_and_time(tmp_path, monkeypatch):

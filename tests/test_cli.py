@@ -311,6 +311,17 @@ def test_help_is_fast(arguments):
     assert shown.stdout == "False False\n"
 
 
+def test_studies_and_tables_work_where_there_is_no_notebook():
+    """A machine that only trains has no JupyterLab."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('IPython', 'anywidget', 'ipywidgets', 'papermill')))\n"
+        "import ssepa_lib.workbook.plan, ssepa_lib.workbook.queue, ssepa_lib.workbook.run_tables\n"
+        "from ssepa_lib.cli import main; sys.exit(main(['tables', 'fsr', 'field']))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "| MCA or GAP? " in shown and "FSR's ablations: segmentation" in shown and "Table field" in shown
+
+
 def test_verify_lists_what_is_missing(tmp_path, capsys):
     assert main(["data", "verify", "voc", "--root", str(tmp_path)]) == 1
     assert "missing: JPEGImages: 0 of 17125 found" in capsys.readouterr().out

@@ -18,9 +18,9 @@ from ssepa_lib.evaluation.results import (
     split_column,
 )
 from ssepa_lib.files import write_csv, write_text
+from ssepa_lib.workbook.ablations import ALSO, BASE, COMPARED, base_of
 from ssepa_lib.workbook.plan import remedy
 from ssepa_lib.workbook.score_curve import IMAGES, SCORED, draw_curves, read_curve, stored_curves
-from ssepa_lib.workbook.studies.ablation_study import ALSO, BASE, COMPARED, base_of
 from ssepa_lib.workbook.study import preset_folder, study_jobs
 from ssepa_lib.workbook.tables import collect_runs, plus_minus_columns, require_seeds, summary, to_markdown
 

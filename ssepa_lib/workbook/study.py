@@ -61,6 +61,11 @@ def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> P
     return results_root() / plain_name("preset", preset) / "-".join(filter(None, parts))
 
 
+def folder_name(arm: str) -> str:
+    """The name of an arm as part of the name of a folder: without blanks."""
+    return arm.replace(" ", "-")
+
+
 def _pair(method: str, run_name: str) -> tuple[str, str]:
     """`method:run_name` in two parts; the run name of a plain method is the given one."""
     method, _, own = method.partition(":")
@@ -158,7 +163,7 @@ def study_jobs(
     """The runs of a study, by seed, method and arm; for the arguments see `run_study`."""
     jobs = {}
     for seed, method, (arm, own) in itertools.product(seeds, methods, (arms or {"": {}}).items()):
-        variant = "-".join(filter(None, (run_name, arm.replace(" ", "-"))))
+        variant = "-".join(filter(None, (run_name, folder_name(arm))))
         both = {**(changes or {}), **own}
         recipe = recipe_for(preset, method, steps=steps, seed=seed, device=device, changes=both)
         jobs[seed, method, arm] = Job(recipe, run_folder(preset, method, seed, variant), splits, curve)

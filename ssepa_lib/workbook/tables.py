@@ -111,6 +111,15 @@ def plus_minus(mean: float, sd: float = float("nan"), digits: int = 1) -> str:
     return f"{mean:.{digits}f}" + ("" if pd.isna(sd) else f" ± {sd:.{digits}f}")
 
 
+def in_words(values: Sequence[float]) -> str:
+    """`+3.2 ± 1.1 (3 seeds)`, but both values where there are two, and the one where there is one."""
+    numbers = pd.Series(values, dtype=float).dropna()
+    count = f"({len(numbers)} seed{'s' * (len(numbers) != 1)})"
+    if len(numbers) < 3:
+        return f"{', '.join(f'{v:+.1f}' for v in numbers) or '–'} {count}"
+    return f"{numbers.mean():+.1f} ± {numbers.std():.1f} {count}"
+
+
 def plus_minus_columns(table: pd.DataFrame, metrics: Sequence[str], digits: int = 1) -> pd.DataFrame:
     """Columns `<metric>` and `<metric>_sd` (of `summary` or `paired_differences`) as one text column per
     metric."""
@@ -146,8 +155,11 @@ def committed(name: str) -> pd.DataFrame:
     return pd.read_csv(_committed_file(name))
 
 
-def committed_runs(name: str, split: str = "val") -> pd.DataFrame:
-    """The runs of one folder of `results/` on one split, without variants, in the columns of `collect_runs`.
+def committed_runs(name: str, split: str = "val", *, variants: bool = False) -> pd.DataFrame:
+    """The runs of one folder of `results/` on one split, in the columns of `collect_runs`.
+
+    Args:
+        variants: with the variants of the methods.
 
     Raises:
         UserError: it holds none.
@@ -155,7 +167,7 @@ def committed_runs(name: str, split: str = "val") -> pd.DataFrame:
     runs = collect_runs(PROJECT / "results" / name)
     if runs.empty:
         raise UserError(f"{PROJECT / 'results' / name} holds no run; restore it with git checkout.")
-    return runs[(runs["split"] == split) & (runs["variant"] == "")]
+    return runs[(runs["split"] == split) & (variants | (runs["variant"] == ""))]
 
 
 def evidence() -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """What an ablation shows: paired differences between methods, their noise, and how many seeds they need.
 
-A method is compared with the one it extends, seed by seed. `COMPARED` names these bases; a method that is not
-in it is compared with ToCo, one that is composed (`fsr+ssepa_plus`) with its last part.
+A method is compared with the one it extends (`ablations.base_of`), seed by seed.
 """
 
 import itertools
@@ -25,19 +24,11 @@ from ssepa_lib.labels import Refiner, multi_scale_cam
 from ssepa_lib.model import Attention, Network, PatchAffinity
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook import lesson
-from ssepa_lib.workbook.ablations import MICRO
+from ssepa_lib.workbook.ablations import BASE, COMPARED, MICRO, base_of
 from ssepa_lib.workbook.studies.haaf_study import uniform_refiner
 from ssepa_lib.workbook.study import samples
-from ssepa_lib.workbook.tables import plus_minus
+from ssepa_lib.workbook.tables import in_words, plus_minus
 
-BASE = "toco"
-COMPARED = {
-    "ssepa_affinity": BASE,
-    "ssepa": "ssepa_affinity",
-    "ssepa_plus_mean": "ssepa_affinity",
-    "ssepa_plus": "ssepa",
-}  # method → the method it extends
-ALSO = {"ssepa_plus": "ssepa_plus_mean"}  # method → another one that differs from it in HAAF alone
 SHORT = {
     BASE: "ToCo",
     "ssepa_no_affinity": "no affinity",
@@ -60,14 +51,6 @@ MEASURES = {"pseudo-label": ("train", "pseudo_label"), "segmentation": ("val", "
 def short_name(method: str) -> str:
     """A method in a word or two."""
     return SHORT.get(method, method_title(method))
-
-
-def base_of(method: str, methods: Sequence[str]) -> str | None:
-    """The method that another one is compared with, among those that were run; None for ToCo itself."""
-    if method in (BASE, "ssepa_no_affinity"):
-        return None
-    wanted = method.rpartition("+")[2] if "+" in method else COMPARED.get(method, BASE)
-    return next((name for name in (wanted, BASE) if name in methods), None)
 
 
 def differences(runs: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -160,15 +143,6 @@ def spread(differences: pd.DataFrame) -> pd.DataFrame:
     table["above 0"] = by.agg(lambda values: (values > 0).mean())
     table.loc[table["seeds"] < 3, "sd"] = math.nan
     return table.reset_index()
-
-
-def in_words(values: Sequence[float]) -> str:
-    """`+3.2 ± 1.1 (3 seeds)`, but both values where there are two, and the one where there is one."""
-    numbers = pd.Series(values, dtype=float).dropna()
-    count = f"({len(numbers)} seed{'s' * (len(numbers) != 1)})"
-    if len(numbers) < 3:
-        return f"{', '.join(f'{v:+.1f}' for v in numbers) or '–'} {count}"
-    return f"{numbers.mean():+.1f} ± {numbers.std():.1f} {count}"
 
 
 def seeds_needed(difference: float, sd: float, share: float = 0.95) -> int:
