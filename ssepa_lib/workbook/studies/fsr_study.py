@@ -109,15 +109,15 @@ def arm_difference(runs: pd.DataFrame, question: Question, output: str = "pseudo
         own[own["arm"] == arm].set_index(["preset", "seed"])[output]
         for arm in (question.changed, question.base)
     )
-    return (with_it - without).dropna()
+    return (with_it - without).dropna().sort_index(level="seed")
 
 
 def reads(difference: pd.Series) -> str:
     """What a paired difference shows: `helps`, `hurts`, or `not shown` where seeds disagree, the mean is
-    below half a point, or there are fewer than two seeds."""
+    below half a point, or there are fewer than three seeds: two agree by chance half of the time."""
     if difference.empty:
         return "not run"
-    if len(difference) > 1 and abs(difference.mean()) >= SMALLEST:
+    if len(difference) > 2 and abs(difference.mean()) >= SMALLEST:
         if (difference > 0).all():
             return "helps"
         if (difference < 0).all():
