@@ -185,6 +185,12 @@ def test_committed_arms_of_fsr_are_the_stored_runs():
     }
 
 
+@pytest.mark.parametrize("output", ["pseudo_label", "segmentation"])
+def test_the_page_of_the_arms_shows_the_answers(output):
+    page = (PROJECT / "results/fsr_arms/README.md").read_text(encoding="utf-8")
+    assert tables.to_markdown(fsr_study.questions(output=output)) in page
+
+
 def test_arms_are_compared_within_what_was_trained_together():
     question = fsr_study.QUESTIONS[0]
     rows = [("a", question.changed, 50.0), ("b", question.changed, 30.0), ("b", question.base, 20.0)]
