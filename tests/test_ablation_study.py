@@ -139,6 +139,7 @@ def test_every_question_of_fsr_has_its_arms():
         ([1, -1, 3], "not shown"),
         ([0.1, 0.2, 0.3], "not shown"),
         ([3, 4], "not shown"),
+        ([9.0], "not shown"),
         ([], "not run"),
     ],
 )

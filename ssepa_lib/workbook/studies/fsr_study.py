@@ -63,7 +63,7 @@ _BUILT_IN = {
 }  # arm of FSR_ARMS → variant in the committed table
 
 
-def arm_names() -> pd.DataFrame:
+def _arm_names() -> pd.DataFrame:
     """Which arm of which question a run of `fsr` is: columns question, arm and variant.
 
     A variant bears the arm's name; the method itself, whose variant is empty, is one arm of every question.
@@ -82,7 +82,7 @@ def committed_arms() -> dict[str, pd.DataFrame]:
 
     What was trained together has the same `preset`.
     """
-    photos = committed_runs("fsr_arms", variants=True).merge(arm_names(), on="variant")
+    photos = committed_runs("fsr_arms", variants=True).merge(_arm_names(), on="variant")
     earlier = committed("voc_mini/runs.csv").query("split == 'val'")
     earlier = earlier.assign(preset="voc_mini", question="terms", arm=earlier["method"].map(_TERMS))
     built_in = committed("shapes_reference/fsr_arms.csv")
