@@ -257,3 +257,10 @@ def test_settings_that_do_not_act_leave_the_identity_alone():
     for key, value in idle.items():
         assert load_recipe("voc/mcc", {key: value}).hash() != masked.hash(), key
     assert load_recipe("shapes/mcc").contrast.mask_block == 2 and masked.contrast.mask_block == 4
+
+
+def test_on_coco_both_contrasts_act_from_the_first_step():
+    masked, toco = load_recipe("coco/mcc"), load_recipe("coco/toco")
+    assert (masked.contrast_step, toco.contrast_step) == (0, 12000)
+    assert masked.segmentation_step == toco.segmentation_step == 8000
+    assert masked.contrast.temperature == 0.5 and masked.contrast.main_from == 1

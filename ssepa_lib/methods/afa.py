@@ -5,9 +5,13 @@ patches whose pseudo-labels are certain. From `affinity.start` on, pseudo-labels
 by this affinity; the order is AFA's own: the background joins the classes before the propagation, and PAR
 follows it.
 
-Ours are the backbone (AFA has a MiT-B1 with a pyramid of stages, and a SegFormer decoder; here it is the ViT
-with LargeFOV of all methods), its global max pooling on the final tokens, and a window that is scaled to the
-grid: 8 of 32 patches there, `affinity.radius` of the crop's side here. The CAM passes run in evaluation mode.
+Ours are the backbone (AFA has a MiT-B1 with a pyramid of stages, and a SegFormer decoder; here it is the
+ViT with LargeFOV of all methods), its global max pooling on the final tokens, and a window that is scaled
+to the grid: 8 of 32 patches there, `affinity.radius` of the crop's side here. The CAM passes run in
+evaluation mode. There is no stochastic depth in the backbone and no dropout in the decoder (0.1 each in
+AFA); several scales and the CRF at test time have the values that all methods share, those of ToCo; and a
+map over several scales takes the affinity of the largest one also in the evaluation, where AFA takes that
+of the image itself.
 """
 
 import torch.nn.functional as F

@@ -7,7 +7,9 @@ shows an object, and to disagree otherwise. Everything else is ToCo's.
 Ours is that hidden patches are dropped instead of masked, with the same result (`Backbone.class_tokens`),
 and that a view always shows one block at least. A view and the region map that judges it are cut and flipped
 alike; in the published code they are flipped independently, so that half of the views are judged by a
-flipped map.
+flipped map. Shared with ToCo, and therefore other than in MCC: the training crop is not blurred, the masked
+views show the crop with one colour jitter of their own, not with two, and at test time the maximum is taken
+over scales on COCO too, where MCC takes it over the mirror.
 """
 
 import torch

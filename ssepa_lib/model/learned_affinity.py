@@ -1,9 +1,9 @@
 """The learned affinity of AFA: one layer turns the attention logits of the last blocks into an affinity.
 
-Source: Ru et al., Learning Affinity from Attention (CVPR 2022, arXiv 2203.02664). There the
-encoder is a MiT-B1 with two blocks in its last stage; here it is a plain ViT, whose last blocks take their
-place. Three things are ours, because logits of a plain ViT reach 40 and a sigmoid of such numbers does not
-learn: logits are divided by √d; the mean over patches is subtracted from the keys, which no attention sees,
+Source: Ru et al., Learning Affinity from Attention (CVPR 2022, arXiv 2203.02664). There the encoder is a
+MiT-B1 with two blocks in its last stage; here it is a plain ViT, whose last blocks take their place. Three
+things are ours, because raw logits of a plain ViT reach 100 and a sigmoid of such numbers does not learn:
+logits are divided by √d; the mean over patches is subtracted from the keys, which no attention sees,
 because softmax ignores what a row has in common; and the first weights are smaller (fan-in, not fan-out).
 """
 
