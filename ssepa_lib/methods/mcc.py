@@ -9,7 +9,7 @@ and that a view always shows one block at least. A view and the region map that 
 alike; in the published code they are flipped independently, so that half of the views are judged by a
 flipped map. Shared with ToCo, and therefore other than in MCC: the training crop is not blurred, the masked
 views show the crop with one colour jitter of their own, not with two, and at test time the maximum is taken
-over scales on COCO too, where MCC takes it over the mirror.
+over scales on COCO too, where MCC takes it over an image and its flip.
 """
 
 import torch
