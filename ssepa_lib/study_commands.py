@@ -240,7 +240,7 @@ def tables(
 
     folder = folder or results_root() / plain_name("preset", preset)
     from ssepa_lib.workbook import published
-    from ssepa_lib.workbook.run_tables import FINAL, reading_order, stored_runs_text
+    from ssepa_lib.workbook.run_tables import FINAL, heading, reading_order, stored_runs_text
     from ssepa_lib.workbook.studies import fsr_study
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 
@@ -251,7 +251,7 @@ def tables(
             print(stored_runs_text(folder, preset))
         elif each == "fsr":
             for output in FINAL:
-                title = f"FSR's ablations: {output.replace('_', '-')}, points of mIoU"
+                title = f"FSR's ablations: {heading(output)}, points of mIoU"
                 print(f"\n## {title}\n\n{to_markdown(fsr_study.questions(output=output))}")
         else:
             print(f"\nTable {each}\n\n{to_markdown(getattr(published, f'table_{each}')(runs))}")

@@ -75,7 +75,7 @@ def _measured(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     return [name for name in columns if name in rows and rows[name].notna().any()]
 
 
-def _heading(column: str) -> str:
+def heading(column: str) -> str:
     """A column in words: `segmentation, MS + CRF`, `pseudo-label, recall`."""
     name, _, measure = column.partition(" ")
     output, mode = split_column(name)
@@ -90,7 +90,7 @@ def _means(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     table = plus_minus_columns(summary(rows, ["method"], columns), columns)
     seeds = rows.groupby("method")["seed"].agg(lambda found: ", ".join(map(str, sorted(found))))
     table["seeds"] = table["method"].map(seeds)
-    return table.rename(columns=_heading)
+    return table.rename(columns=heading)
 
 
 def _differences(
@@ -107,14 +107,14 @@ def _differences(
             if len(apart):
                 row = {"difference": f"{changed} − {base}", "seeds": ", ".join(map(str, apart.index))}
                 found.append(row | {name: seed_by_seed(apart[name]) for name in columns})
-    return pd.DataFrame(found).rename(columns=_heading)
+    return pd.DataFrame(found).rename(columns=heading)
 
 
 def _seeds(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The values of every seed of the methods that have several."""
     several = rows[rows.groupby("method")["seed"].transform("nunique") > 1]
     table = several.assign(method=pd.Categorical(several["method"], several["method"].unique()))
-    return table.sort_values(["method", "seed"])[["method", "seed", *columns]].rename(columns=_heading)
+    return table.sort_values(["method", "seed"])[["method", "seed", *columns]].rename(columns=heading)
 
 
 def seed_by_seed(differences: pd.Series) -> str:
@@ -168,7 +168,7 @@ def _against_steps(curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for output in SCORED:
         for method, own in curves.dropna(subset=output).groupby("method", sort=False):
-            row = {"output": _heading(output), "method": method, "seeds": own["seeds"].iloc[0]}
+            row = {"output": heading(output), "method": method, "seeds": own["seeds"].iloc[0]}
             rows.append(row | {f"{step:g}": value for step, value in own.set_index("step")[output].items()})
     return pd.DataFrame(rows)
 
