@@ -67,7 +67,7 @@ def train(
     folder = results_root() / plain_name("preset", preset) / name
     require_place(folder)
     build_dataset(made.data, "train")  # missing data is reported before the time
-    confirm(plan([Job(made, folder, {})]), yes)
+    confirm(plan([Job(made, folder, {})], anew=restart, beside=False), yes)
     print(train(made, folder, resume=not restart, on_step=follow(name)))
 
 

@@ -25,7 +25,7 @@ def results_root() -> Path:
 
 def _folder(path: Path, variable: str) -> Path:
     if os.path.lexists(path) and not path.is_dir():
-        raise UserError(f"{path} is no folder; set {variable} to a folder.")
+        raise UserError(f"{path} is not a folder; set {variable} to a folder.")
     return path
 
 
@@ -39,7 +39,7 @@ def plain_name(what: str, name: str) -> str:
         UserError: it cannot.
     """
     if not re.fullmatch(r"\w[^/\\\x00-\x1f\x7f]{0,199}", name):
-        raise UserError(f"{what} '{name}' is no plain folder name; use letters, digits, '-' and '_'.")
+        raise UserError(f"{what} '{name}' is not a plain folder name; use letters, digits, '-' and '_'.")
     return name
 
 

@@ -70,7 +70,8 @@ def read_table(path: Path, what: str) -> tuple[list[str], list[dict[str, str]]]:
     """
     text = read_text(path, what)
     try:
-        header, *rows = [row for row in csv.reader(io.StringIO(text), strict=True) if row] or [[]]
+        reader = csv.reader(io.StringIO(text), strict=True)
+        (_, header), *rows = [(reader.line_num, row) for row in reader if row] or [(1, [])]
     except csv.Error as error:
         raise UserError(f"{path}: unreadable table ({error}); save it as comma-separated UTF-8.") from error
     columns = [name.strip() for name in header]
@@ -79,13 +80,13 @@ def read_table(path: Path, what: str) -> tuple[list[str], list[dict[str, str]]]:
     for name in columns:
         if columns.count(name) > 1:
             raise UserError(f"{path}: column '{name}' is there twice; give every column its own name.")
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if len(row) != len(columns):
             raise UserError(
                 f"{path}, line {number}: {len(columns)} values expected, {len(row)} found; separate "
                 "values by ',' and classes by ';'."
             )
-    return columns, [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]
+    return columns, [dict(zip(columns, map(_plain, row), strict=True)) for _, row in rows]
 
 
 def _plain(value: str) -> str:
@@ -120,7 +121,7 @@ def parse_json(text: str | bytes) -> Any:
     """
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a number of JSON")
 
     try:
         return json.loads(text, parse_constant=refuse)

@@ -72,11 +72,7 @@ class Recipe(Section):
                 f"losses.aff is {losses.aff:g} and affinity.kind {kind}: the pairs train affinity.kind "
                 "learned and nothing else; use both or neither."
             )
-        if losses.aux_cls == 0 and max(losses.ptc, losses.ctc, losses.unc) > 0:
-            raise UserError(
-                "losses.aux_cls is 0, so the auxiliary CAM is not trained, but losses.ptc, losses.ctc and "
-                "losses.unc read it; set losses.aux_cls above 0 or those to 0."
-            )
+        self._require_trained_sources()
         if self.contrast.views == "masked" and (losses.ctc == 0 or self.model.aggregator != "class_token"):
             raise UserError(
                 "contrast.views masked needs losses.ctc above 0 and model.aggregator class_token: it "
@@ -84,6 +80,36 @@ class Recipe(Section):
             )
         if self.model.freeze:
             self._require_frozen()
+
+    def _require_trained_sources(self) -> None:
+        """Refuse terms and labels that read what no term trains."""
+        losses, objective = self.losses, self.affinity.haaf_objective
+        chosen = self.reinforce.selection in ("loose", "strict")
+        readers = {
+            "losses.ptc": losses.ptc > 0,
+            "losses.ctc": losses.ctc > 0,
+            "losses.unc": losses.unc > 0,
+            "losses.cer": losses.cer > 0 and chosen,
+            "cam.main_from": self.cam.main_from > losses.segmentation_start,
+            f"affinity.haaf_objective {objective}": objective in ("affinity", "pooling", "variance"),
+        }
+        reading = [name for name, reads in readers.items() if reads]
+        if losses.aux_cls == 0 and reading:
+            raise UserError(
+                f"losses.aux_cls is 0, so the auxiliary CAM is not trained, but {' and '.join(reading)} "
+                f"{'reads' if len(reading) == 1 else 'read'} it; set losses.aux_cls above 0, or do without."
+            )
+        if losses.seg == 0 and objective == "decoder":
+            raise UserError(
+                "affinity.haaf_objective decoder follows the decoder, which losses.seg 0 leaves untrained; "
+                "set losses.seg above 0 or choose another objective."
+            )
+        if self.affinity.kind == "learned" and self.affinity.start <= losses.segmentation_start < 1:
+            raise UserError(
+                f"affinity.start is {self.affinity.start:g} and losses.segmentation_start "
+                f"{losses.segmentation_start:g}, so the learned affinity would be used before it is trained; "
+                "set affinity.start above losses.segmentation_start."
+            )
 
     def _require_frozen(self) -> None:
         """Refuse settings that train the backbone, or heads that serve its training alone."""
@@ -148,7 +174,12 @@ class Recipe(Section):
             yield "model", "keep_class_token"
         if self.data.views == "fsr":  # whose views have no padding
             yield "losses", "ptc_padding"
-        if self.affinity.kind != "learned":
+        if self.affinity.kind != "haaf":
+            haaf = ("descriptor", "pooling", "hidden", "haaf_weight", "haaf_lr")
+            yield from (("affinity", name) for name in haaf)
+        if self.affinity.kind == "learned":
+            yield "affinity", "attention"
+        else:
             yield from (("affinity", name) for name in ("blocks", "radius", "start"))
         masked = ("mask_share", "mask_block", "mask_empty", "main_from")
         idle = masked if self.contrast.views == "crops" else ("local_size",)

@@ -2,8 +2,8 @@
 meaning. Those on losses and optimisation are in `train_settings.py`.
 
 Points of the schedule are fractions of all steps, so that a shorter run keeps the shape of the published one.
-A new field with a neutral default leaves every hash as it is, so that finished runs are recognised. Whoever
-changes what unchanged settings train raises the section's `REVISION`.
+A new field with a neutral default leaves every hash as it is, so that finished runs are recognised. Where a
+change of the code makes unchanged settings train something else, the section's `REVISION` has to be raised.
 """
 
 from dataclasses import field
@@ -115,7 +115,8 @@ class ModelConfig(Section, key="model"):
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments passed to timm, for example depth or patch_size."""
     weights: PathText = ""
-    """A .safetensors file; none: random; empty: data/weights/<backbone>.safetensors, else timm's download."""
+    """A file (.safetensors, or PyTorch's); none: random; micro: the built-in ones; empty:
+    data/weights/<backbone>.safetensors, else timm's download."""
     mean: Annotated[list[Fraction], Field(max_length=3)] = values()
     """Mean of the input per channel, 0..1; empty: the checkpoint's own."""
     std: Annotated[list[Share], Field(max_length=3)] = values()
@@ -135,7 +136,8 @@ class ModelConfig(Section, key="model"):
     freeze: bool = False
     """Keep the backbone as it is and train classifiers, decoder and HAAF alone."""
     cache_gb: Annotated[float, Field(ge=0, le=10_000), NotTrained] = 3.0
-    """Memory for the features of a frozen backbone on the views of data.fixed_views, in GB; 0: none."""
+    """Memory for the features of a frozen backbone on the views of data.fixed_views, in GB; 0: none. Features
+    are kept in half precision."""
 
     def __post_init__(self) -> None:
         self._check_backbone_args()
@@ -148,7 +150,7 @@ class ModelConfig(Section, key="model"):
         for name, value in self.backbone_args.items():
             key = f"model.backbone_args.{name}"
             if not isinstance(name, str) or not name.isidentifier() or name.startswith(_FOREIGN_ARGS):
-                raise UserError(f"{key} is no argument of a network; write for example {{depth: 4}}.")
+                raise UserError(f"{key} is not an argument of a network; write for example {{depth: 4}}.")
             for number in value if isinstance(value, list) else [value]:
                 whole = isinstance(number, int) and not isinstance(number, bool)
                 if name in _SIZES and not (whole and 1 <= number <= _SIZES[name]):

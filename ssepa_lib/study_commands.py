@@ -108,7 +108,7 @@ def study(
     options |= {"device": device, "run_name": run_name, "curve": curve, "arms": chosen_arms(arms)}
     runs, missing = _queue((preset, methods, seeds), options, processes, shard, yes)
     if missing:
-        print(f"Shard {shard} is done; {missing} runs are still to come from the others.")
+        print(f"Shard {shard} is done; {missing} runs are still missing from the other shards.")
     else:
         print(write_study(runs, preset, run_name, curve=curve > 0))
 
@@ -122,18 +122,25 @@ def _queue(
 ) -> tuple["pd.DataFrame", int]:
     """The rows of a study after this shard of it, and how many runs are still missing."""
     from ssepa_lib.workbook import queue
-    from ssepa_lib.workbook.plan import confirm, plan
+    from ssepa_lib.workbook.plan import FULL, confirm, describe, plan
     from ssepa_lib.workbook.progress import StudyDisplay
     from ssepa_lib.workbook.study import require_scoring, run_study, study_jobs
 
     number = queue.number_of_workers(options["device"]) if processes is None else processes
     if number < 1:
         raise UserError(f"--processes is {number}; it must be 1 or more.")
+    if "train.seed" in options["changes"]:
+        raise UserError("--set train.seed gives every run of a study the same seed; use --seeds instead.")
     part = queue.parse_shard(shard)
     jobs = study_jobs(*what, **options)
     own = queue.share(jobs, part).values()
+    for method in what[1] if len(options["arms"]) > 1 else ():
+        if len({job.recipe.hash() for (_, name, _), job in jobs.items() if name == method}) == len(what[2]):
+            raise UserError(f"--arms changes nothing in {method}; arms are those of fsr and what extends it.")
     require_scoring(next(iter(jobs.values())).recipe, options["splits"])
-    confirm(plan(list(own)), yes)
+    planned = plan(list(own))
+    print(f"Runs:\n{describe(planned)}", flush=True)
+    confirm(planned, yes, FULL)
     display = StudyDisplay({job.folder.name: job.recipe.train.steps for job in own})
     with display.show():
         runs = run_study(*what, **options, report=display, processes=number, shard=part)
@@ -232,13 +239,19 @@ def tables(
 
     Args:
         number: Numbers of the paper's tables; field: other systems; fsr: the questions of FSR's ablations and
-            what the project's own runs say; runs: what the runs of the preset or folder reached.
+            what the committed runs say, whatever the preset and folder; runs: what the runs of the preset or
+            folder reached.
         preset: Data recipe whose runs are shown.
         folder: Show the runs below this folder instead.
     """
+    from ssepa_lib.compose import load_recipe
     from ssepa_lib.paths import plain_name, results_root
 
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--folder {folder} does not exist; pass the folder that contains the runs.")
     folder = folder or results_root() / plain_name("preset", preset)
+    if not folder.is_dir():
+        load_recipe(f"{preset}/toco")  # names an unknown preset
     from ssepa_lib.workbook import published
     from ssepa_lib.workbook.run_tables import FINAL, heading, reading_order, stored_runs_text
     from ssepa_lib.workbook.studies import fsr_study
@@ -270,7 +283,7 @@ def bench(
     Example: python -m ssepa_lib bench affinity step --quick
 
     Args:
-        suite: affinity, step, par, masks, energy, loader, crf or scaling; by default all.
+        suite: affinity, step, par, masks, energy, loader, crf, scaling or backbones; by default all.
         out: By default results/bench.
         quick: Smaller sizes, fewer repeats.
         full: ViT-B at 448² on a CPU too (minutes per row).
@@ -307,7 +320,9 @@ def gpu(
         raise UserError(f"--minutes is {minutes}; it must be above 0 and at most 10 000.")
     require_place(out)
     if weights is not None and not weights.is_dir():
-        raise UserError(f"--weights {weights} is no folder; name the one that holds ViT-Tiny's weights.")
+        raise UserError(f"--weights {weights} is not a folder; name the one that holds ViT-Tiny's weights.")
+    if weights is not None and data is None:
+        raise UserError("--weights belong to photographs; pass --data as well, or do without --weights.")
     return run_gpu(out, minutes, data=data, weights=weights, dry_run=dry_run)
 
 

@@ -203,13 +203,13 @@ def test_missing_arms_say_command_and_time(tmp_path, monkeypatch):
     monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path))
     said = fsr_study.missing_arms("shapes", "mask ratio", [0, 1], device="cpu")
     assert "fsr-r-=-0.1-seed0" in said
-    assert "`python -m ssepa_lib study shapes fsr --arms 'mask ratio' --seeds 0 1` makes" in said
+    assert "`python -m ssepa_lib study shapes fsr --arms 'mask ratio' --seeds 0 1` trains" in said
     assert " min on " in said or " s on " in said
     changes = {"losses.cer": 0.0, "train.precision": "fp32"}
     said = fsr_study.missing_arms(
         "shapes", "views", [0], steps=7, run_name="a", changes=changes, device="cpu"
     )
-    assert "--seeds 0 --steps 7 --run-name a --set losses.cer=0.0 --set train.precision=fp32` makes" in said
+    assert "--seeds 0 --steps 7 --run-name a --set losses.cer=0.0 --set train.precision=fp32` trains" in said
 
 
 def test_gains_are_those_of_one_setting_each():

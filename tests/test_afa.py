@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ssepa_lib.benchmarks.naive_step import naive_par
 from ssepa_lib.compose import load_recipe
-from ssepa_lib.data import build_dataset
+from ssepa_lib.data import build_dataset, split_of
 from ssepa_lib.data.views import TrainViews
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import evaluate
@@ -367,13 +367,30 @@ def test_plain_views_keep_their_colours(tiny):
         ("afa", {"affinity.radius": 0}, "affinity.radius is 0"),
         ("afa", {"affinity.blocks": 0}, "affinity.blocks is 0"),
         ("afa", {"optim.power": 0}, "optim.power is 0"),
-        ("toco", {"losses.aux_cls": 0}, "auxiliary CAM is not trained"),
+        ("toco", {"losses.aux_cls": 0}, "losses.ptc and losses.ctc read it"),
+        ("afa", {"losses.cer": 0.1, "reinforce.selection": "loose"}, "losses.cer reads it"),
+        ("afa", {"cam.main_from": 0.5}, "cam.main_from reads it"),
+        ("afa", {"affinity.start": 0.2, "losses.segmentation_start": 0.2}, "used before it is trained"),
+        ("ssepa", {"affinity.haaf_objective": "decoder", "losses.seg": 0}, "follows the decoder"),
+        (
+            "ssepa",
+            {"losses.aux_cls": 0, "losses.ptc": 0, "losses.ctc": 0, "affinity.haaf_objective": "pooling"},
+            "affinity.haaf_objective pooling reads it",
+        ),
     ],
 )
 def test_contradictions_are_one_sentence(name, changes, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         load_recipe(f"shapes/{name}", changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_classifier_that_is_not_trained_is_not_measured(tiny):
+    recipe = tiny("afa")
+    dataset = split_of(recipe, "val", 2)
+    network = build_network(recipe, dataset.classes)
+    miou = evaluate(network, recipe, dataset, outputs=("cam", "aux_cam"), device="cpu")["miou"]
+    assert miou["aux_cam"] is None and miou["cam"] is not None
 
 
 def test_more_blocks_than_the_backbone_has_are_refused(tiny):
@@ -385,6 +402,19 @@ def test_settings_of_the_learned_affinity_belong_to_it_alone():
     idle = {"affinity.blocks": 3, "affinity.radius": 0.5, "affinity.start": 0.9}
     for method in ("toco", "ssepa"):
         assert load_recipe(f"voc/{method}", idle).hash() == load_recipe(f"voc/{method}").hash()
+    haaf = {
+        "affinity.hidden": 7,
+        "affinity.descriptor": "full",
+        "affinity.haaf_weight": 3,
+        "affinity.haaf_lr": 1,
+    }
+    assert load_recipe("voc/ssepa_affinity", haaf).hash() == load_recipe("voc/ssepa_affinity").hash()
+    assert (
+        load_recipe("voc/afa", haaf | {"affinity.attention": "logits"}).hash()
+        == load_recipe("voc/afa").hash()
+    )
+    for key, value in haaf.items():
+        assert load_recipe("voc/ssepa", {key: value}).hash() != load_recipe("voc/ssepa").hash(), key
     for key, value in idle.items():
         assert load_recipe("voc/afa", {key: value}).hash() != load_recipe("voc/afa").hash(), key
     power = {"optim.power": 0.5}

@@ -223,6 +223,7 @@ def test_folder_turns_images_upright(folder):
         ("image,classes,weight\na.jpg,bee,1\n", "column 'weight' is unknown"),
         ("image;classes\na.jpg;bee\n", "column 'classes' is missing"),
         ("image,classes\na.jpg,bee,moth\n", "line 2: 2 values expected"),
+        ("image,classes\n\n\na.jpg,bee,moth\n", "line 4: 2 values expected"),
         ("image,classes\na.jpg,\n", r"line 2: a\.jpg has no class"),
         ("image,classes\na.jpg,bee\na.jpg,moth\n", r"line 3: a\.jpg is listed twice"),
         (

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from toy_network import CLASSES, ColourNetwork, TwoImages, recipe, without_crf
 
+from ssepa_lib.data import Subset
 from ssepa_lib.data.images import voc_palette
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import inference
 from ssepa_lib.evaluation.export import (
+    ImageFolder,
     export_pseudo_labels,
     overlay_image,
     palette_image,
@@ -89,6 +91,22 @@ def test_predict_folder_does_not_write_over_the_images(tmp_path):
     assert (tmp_path / "mine.png").read_bytes() == before and not (tmp_path / "classes.csv").exists()
 
 
+def test_pseudo_labels_do_not_write_over_the_images(tmp_path):
+    TwoImages().image(0).save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
+    dataset = ImageFolder(tmp_path, CLASSES)
+    for split in (dataset, Subset(dataset, [0])):
+        with pytest.raises(UserError, match="holds files of"):
+            export_pseudo_labels(ColourNetwork(), recipe(8), split, tmp_path, device="cpu")
+    assert (tmp_path / "mine.png").read_bytes() == before
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    for name in ("mine.png", "._mine.png", ".mine.1a2b.part.png"):
+        TwoImages().image(0).save(tmp_path / name)
+    assert ImageFolder(tmp_path, CLASSES).ids == ["mine"]
+
+
 def test_overlay_colours_foreground_only_and_names_it():
     image = Image.new("RGB", (60, 20), (100, 100, 100))
     ids = np.zeros((20, 60), dtype=np.uint8)
@@ -129,6 +147,7 @@ def test_pseudo_labels_need_labels(tmp_path):
 
 def test_submission_layout_and_content(tmp_path):
     data = TwoImages(masks=False)
+    data.classes = VocNetwork().classes
     archive = export_submission(
         VocNetwork(), recipe(), data, tmp_path / "voc.tgz", device="cpu", test_time="single"
     )
@@ -151,9 +170,11 @@ def test_nothing_is_left_when_a_submission_fails(tmp_path):
                 raise UserError("unreadable image")
             return super().image(i)
 
+    broken = Broken()
+    broken.classes = VocNetwork().classes
     with pytest.raises(UserError, match="unreadable"):
         export_submission(
-            VocNetwork(), recipe(), Broken(), tmp_path / "voc.tgz", device="cpu", test_time="single"
+            VocNetwork(), recipe(), broken, tmp_path / "voc.tgz", device="cpu", test_time="single"
         )
     assert not list(tmp_path.iterdir())
 

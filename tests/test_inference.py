@@ -48,6 +48,15 @@ def test_segmentation_logits_equal_the_plain_loop():
     assert segmentation_logits(network, image, [1.0], False).shape == (2, 3, 32, 24)
 
 
+@pytest.mark.parametrize("names", [("second", "first"), ("first",), ("first", "second", "third")])
+def test_other_classes_than_those_of_the_network_are_refused(names):
+    dataset, network = TwoImages(), ColourNetwork()
+    known = {"first": dataset.classes[0], "second": dataset.classes[1]}
+    dataset.classes = tuple(known.get(name, name) for name in names)
+    with pytest.raises(UserError, match="but the network was trained with"):
+        infer(network, recipe(8), dataset, device="cpu")
+
+
 def test_a_prediction_holds_what_the_parts_give(tiny):
     settings = tiny("ssepa", **{"eval.batch": 3, "data.val_images": 4})
     dataset = build_dataset(settings.data, "val")

@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY
 
 from ssepa_lib.cli import main
-from ssepa_lib.compose import load_recipe
+from ssepa_lib.compose import load_recipe, save_recipe
 from ssepa_lib.errors import UserError
 from ssepa_lib.training import train
 from ssepa_lib.workbook import plan
@@ -77,6 +77,15 @@ def test_times_are_measured_where_a_like_run_is_there(tiny, tmp_path):
     text = plan.describe(planned)
     assert "already finished" in text and "50 steps of 2, seed 1" in text and "about 2 min (measured)" in text
     assert "2 runs to train: about" in text
+    (other.folder / "state.pt").parent.mkdir()
+    save_recipe(other.recipe, other.folder / "recipe.yaml")
+    (other.folder / "state.pt").touch()
+    (other.folder / "history.csv").write_text("step,seconds\n40,80.0\n")
+    assert plan.plan([other])[0].seconds == 20, "the steps that an interrupted run has done are not repeated"
+    elsewhere = Job(finished.recipe, tmp_path / "other-seed0", {})
+    assert plan.plan([elsewhere])[0].source == "finished"
+    assert plan.plan([elsewhere], beside=False)[0].source == plan.plan([finished], anew=True)[0].source
+    assert plan.plan([finished], anew=True)[0].seconds == 12
 
 
 def test_full_size_without_a_gpu_needs_a_yes_and_small_recipes_do_not(slow_cpu, monkeypatch):
@@ -168,7 +177,7 @@ def test_the_runs_of_a_notebook_follow_its_parameters():
 def test_missing_runs_have_a_command_and_a_time(slow_cpu, monkeypatch):
     jobs = [job_of("voc/toco"), job_of("voc/ssepa")]
     said = plan.remedy(jobs, "make it")
-    assert said.startswith("Not run yet: toco-seed0, ssepa-seed0. `make it` makes what is missing, in about ")
+    assert said.startswith("Missing: toco-seed0, ssepa-seed0. `make it` trains what is missing, in about ")
     assert " days on " in said
     monkeypatch.setattr(plan.RunFolder, "is_finished", lambda *_: True)
     assert plan.remedy(jobs, "make it") == ""

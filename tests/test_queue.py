@@ -90,7 +90,7 @@ def test_a_shard_says_what_is_still_to_come(tmp_path, tiny, monkeypatch, capsys)
     )
     command = ["study", "shapes", "toco", "ssepa", "fsr", "--seeds", "0", "--shard", "2/3"]
     assert main(command) == 0
-    assert "Shard 2/3 is done; 3 runs are still to come" in capsys.readouterr().out
+    assert "Shard 2/3 is done; 3 runs are still missing" in capsys.readouterr().out
 
 
 def test_workers_do_all_jobs_and_report_a_failed_one(job_of, tmp_path):

@@ -17,6 +17,7 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.files import FolderLock
 from ssepa_lib.model import build_network
 from ssepa_lib.training import RunFolder, find_finished, load_run, train
+from ssepa_lib.training.checkpoint import write_checkpoint
 
 FILES = {"recipe.yaml", "history.csv", "state.pt", "weights.safetensors"}
 
@@ -154,9 +155,36 @@ def test_a_finished_run_is_not_trained_again_and_restart_is(tiny, tmp_path):
     train(recipe, tmp_path, on_step=calls.append)
     train(recipe, tmp_path, on_step=calls.append)
     assert len(calls) == 7 and "loss" not in calls[6] and calls[6]["seconds_left"] == 0
+    (tmp_path / "curve.csv").touch()
     assert RunFolder(tmp_path).is_finished(recipe)
     train(recipe, tmp_path, resume=False, on_step=calls.append)
-    assert len(calls) == 13
+    assert len(calls) == 13 and not (tmp_path / "curve.csv").exists()
+
+
+def test_a_wrong_setting_does_not_cost_a_finished_run(tiny, tmp_path):
+    finish(tiny(), tmp_path)
+    before = content(tmp_path)
+    for resume in (True, False):
+        with pytest.raises(UserError, match=r"model\.aux_block"):
+            train(tiny(**{"model.aux_block": 20}), tmp_path, resume=resume)
+    assert content(tmp_path) == before
+
+
+def test_weights_can_be_read_by_whoever_can_read_the_recipe(tiny, tmp_path):
+    folder = finish(tiny(), tmp_path)
+    modes = {file.stat().st_mode for file in (folder.weights, folder.path / "recipe.yaml")}
+    assert len(modes) == 1
+
+
+def test_a_run_is_not_resumed_with_other_classes(tiny, tmp_path):
+    recipe = tiny(**{"train.steps": 2})
+    train(recipe, tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state.pop("checksum")
+    write_checkpoint(tmp_path / "state.pt", state | {"classes": state["classes"][::-1]})
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"class 1 of shapes is '\w+', but the unfinished run began with"):
+        train(recipe, tmp_path)
 
 
 def test_a_finished_run_adopts_evaluation_settings(tiny, tmp_path):

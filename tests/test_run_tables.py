@@ -11,6 +11,7 @@ from ssepa_lib.workbook import tables
 from ssepa_lib.workbook.run_tables import (
     contrasts,
     curve_tables,
+    mixed_training,
     run_tables,
     seed_by_seed,
     stored_runs_text,
@@ -59,6 +60,27 @@ def test_differences_are_over_common_seeds_and_known_numbers():
     apart = found[f"{HERE}: paired differences, points of mIoU"]
     assert apart.to_dict("records") == [{"difference": "mcc − toco", "seeds": "0", "pseudo-label": "+1.0"}]
     assert seed_by_seed(pd.Series([float("nan")])) == "–" and seed_by_seed(pd.Series([-0.01])) == "+0.0"
+
+
+def test_a_number_of_some_seeds_names_them():
+    table = runs(toco=[(30, 10), (34, 20)], mcc=[(31, 12), (36, 20)])
+    table["segmentation_ms"] = [11.0, None, 13.5, None]
+    found = run_tables(table, [("mcc", "toco")])
+    modes = found[f"{HERE}: several scales and CRF, mIoU, %"].set_index("method")
+    assert modes.loc["toco"].tolist() == ["0, 1", "32.0 ± 2.8", "15.0 ± 7.1", "11.0 [0]"]
+    apart = found[f"{HERE}: several scales and CRF, paired differences"].iloc[0]
+    assert apart.tolist() == ["mcc − toco", "0, 1", "+1.5 (+1.0, +2.0)", "+1.0 (+2.0, +0.0)", "+2.5 [0]"]
+
+
+def test_a_row_of_differently_trained_seeds_is_named():
+    rates = [{"optim": {"lr": lr}, "train": {"seed": seed}} for seed, lr in enumerate((1e-4, 1e-4, 2e-4))]
+    table = runs(toco=[(1, 1)] * 3, mcc=[(1, 1)] * 2).assign(backbone="vit")
+    table["run"] = table["method"] + "-seed" + table["seed"].astype(str)
+    table["settings"] = [{"training": rate} for rate in rates] + [{}, {"training": rates[0]}]
+    of_rates, of_unknown = mixed_training(table)
+    assert "toco-seed0 and toco-seed2 share the row toco, but their settings differ (optim.lr)" in of_rates
+    assert "mcc-seed0 and mcc-seed1" in of_unknown and "earlier version" in of_unknown
+    assert not mixed_training(table[table["seed"] < 2][:2])
 
 
 def test_every_setting_has_its_own_tables_and_further_columns_theirs():
@@ -134,12 +156,24 @@ def test_a_study_trains_the_arms_of_fsr_beside_the_method(tmp_path, monkeypatch,
     assert sum("− fsr-s " in line for line in rows) == 7, "the arms of both questions, but not the method"
     assert main(["study", "shapes", "fsr", "--arms", "mask", *options, *changes]) == 2
     assert "--arms is 'mask'; choose one or more of terms, mask ratio," in capsys.readouterr().err
+    assert main(["study", "shapes", "toco", "--arms", "terms", *options, *changes]) == 2
+    assert "--arms changes nothing in toco" in capsys.readouterr().err
+    assert main(["study", "shapes", "toco", *options, *changes, "--set", "train.seed=5"]) == 2
+    assert "use --seeds instead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--folder", "nowhere"], "--folder nowhere does not exist"), (["--preset", "shpaes"], "shpaes")],
+)
+def test_tables_of_a_place_that_does_not_exist_are_refused(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path))
+    assert main(["tables", "1", *arguments]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_tables_of_runs_that_do_not_exist_name_the_command(tmp_path):
-    with pytest.raises(
-        UserError, match=r"holds no run that was scored\. Not run yet: .*study shapes toco ssepa"
-    ):
+    with pytest.raises(UserError, match=r"contains no evaluated run\. Missing: .*study shapes toco ssepa"):
         stored_runs_text(Path(tmp_path), "shapes")
 
 

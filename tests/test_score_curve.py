@@ -15,6 +15,7 @@ from ssepa_lib.training.run import load_run
 from ssepa_lib.training.trainer import train
 from ssepa_lib.workbook.figures import plot_score_curves
 from ssepa_lib.workbook.score_curve import SCORED, ScoreCurve, mean_curves, read_curve
+from ssepa_lib.workbook.watch import Watch
 
 
 def test_scoring_leaves_the_run_as_it_is_and_ends_with_its_result(tiny, tmp_path):
@@ -74,12 +75,31 @@ def test_curves_are_averaged_over_the_seeds_that_have_one(tmp_path):
     assert mean_curves({"toco": [tmp_path / "none"]}).empty
 
 
-@pytest.mark.parametrize(("text", "words"), [("a,b\n1,2\n", "no curve"), ("", "empty"), (None, "numbers")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("a,b\n1,2\n", "not the curve"), ("", "empty"), (None, "numbers")]
+)
 def test_a_damaged_curve_is_named(tmp_path, text, words):
     header = ",".join(["step", *SCORED])
     (tmp_path / "curve.csv").write_text(f"{header}\n1,much,,2,3\n" if text is None else text)
     with pytest.raises(UserError, match=rf"curve\.csv.*{words}"):
         read_curve(tmp_path)
+
+
+@pytest.mark.parametrize("rows", ["5,1,,1,1\n0,1,,1,1", "-5,1,,1,1", ",1,,1,1", "0,101,,1,1"])
+def test_a_curve_of_impossible_numbers_is_named(tmp_path, rows):
+    (tmp_path / "curve.csv").write_text(f"{','.join(['step', *SCORED])}\n{rows}\n")
+    with pytest.raises(UserError, match=r"curve\.csv is damaged"):
+        read_curve(tmp_path)
+
+
+def test_a_curve_that_begins_late_does_not_catch_up(tmp_path):
+    class Steps(Watch):
+        take, store = (lambda self, network: {}), (lambda self: None)
+
+    seen = Steps(tmp_path / "steps", 100, 4, {})
+    for step in range(50, 101, 5):
+        seen(None, step)
+    assert seen.steps == [50, 75, 100]
 
 
 def test_a_study_scores_its_runs_and_draws_their_curves(tmp_path, monkeypatch, capsys):

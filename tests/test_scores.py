@@ -141,3 +141,9 @@ def test_mean_average_precision_by_hand():
     labels = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert mean_average_precision(scores, labels) == pytest.approx(100 * (1 + 2 / 3) / 2)
     assert mean_average_precision(scores, torch.zeros(3, 2)) is None
+
+
+def test_mean_average_precision_ranks_high_scores():
+    """A sigmoid in single precision is 1 from 17 on, which would make them equal."""
+    scores, labels = torch.tensor([[20.0], [21.0], [22.0]]), torch.tensor([[1.0], [0.0], [1.0]])
+    assert mean_average_precision(scores, labels) == mean_average_precision(scores - 20, labels)

@@ -43,7 +43,7 @@ def class_names(row: dict[str, str]) -> list[str]:
 
 
 class TableDataset(FileDataset):
-    """Images whose labels stand in a table; `rows` are those of `read_label_table`."""
+    """Images whose labels are in a table; `rows` are those of `read_label_table`."""
 
     def __init__(
         self,
@@ -96,7 +96,10 @@ class FolderDataset(TableDataset):
     @staticmethod
     def _match_images(folder: Path, table: Path, listed: list[str]) -> None:
         """Raise UserError unless the table lists exactly the folder's images, each with its own stem."""
-        there = {path.name for path in folder.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES)}
+        names = (p.name for p in folder.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
+        there = {
+            name for name in names if not name.startswith(".")
+        }  # hidden: half written, or a system's own
         missing = [name for name in listed if name not in there]
         refuse_missing(
             missing, len(listed), f"{table}: images listed", f"add them to {folder} or delete their rows"

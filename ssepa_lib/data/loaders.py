@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from multiprocessing import parent_process
 
 import torch
@@ -17,6 +18,24 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.recipe import Recipe
 
 HANGS_AFTER = 900.0  # seconds without a batch after which loader processes count as hanging
+
+
+def require_classes(dataset: SegmentationDataset, known: Sequence[str], whose: str) -> None:
+    """Refuse a dataset whose classes are not those that are known, in the same order.
+
+    Args:
+        whose: who knows them, such as "the network was trained with".
+
+    Raises:
+        UserError: the first class that differs is named.
+    """
+    pairs = enumerate(zip_longest(dataset.classes, known, fillvalue="none"), start=1)
+    for number, (found, expected) in pairs:
+        if found != expected:
+            raise UserError(
+                f"class {number} of {dataset.name} is '{found}', but {whose} '{expected}' there; give the "
+                "dataset the same classes in the same order (classes.txt in a folder), or train again."
+            )
 
 
 def _end_with_parent(_: int) -> None:

@@ -223,7 +223,9 @@ def _class_list(root: Path, labels: dict) -> tuple[str, ...]:
         lacking = sorted(set(named) - set(lines))
         if lacking or len(set(lines)) < len(lines) or "background" in lines:
             wrong = (
-                f"'{lacking[0]}' is missing" if lacking else "a class stands twice, or the background does"
+                f"'{lacking[0]}' is missing"
+                if lacking
+                else "a class is listed twice, or the background is listed"
             )
             raise UserError(f"{listed}: {wrong}; list every class of the table once, or delete the file.")
         named = lines

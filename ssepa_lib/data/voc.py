@@ -18,7 +18,7 @@ from ssepa_lib.data.images import classes_in, read_mask, write_mask
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import write_text
 from ssepa_lib.paths import PROJECT
-from ssepa_lib.readers import decode, read_lines
+from ssepa_lib.readers import decode, read_text
 
 _NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -58,13 +58,14 @@ def _listed(root: Path, split: str) -> list[str]:
         UserError: it is no text, or a line holds more than one id, or one that was there before.
     """
     path = _list_file(root, split)
-    ids = read_lines(path, "list of a split") if path.is_file() else []
-    twice = {i for i, number in Counter(ids).items() if number > 1}
-    for number, i in enumerate(ids, start=1):
+    lines = read_text(path, "list of a split").split("\n") if path.is_file() else []
+    ids = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
+    twice = {i for i, count in Counter(ids.values()).items() if count > 1}
+    for number, i in ids.items():
         if len(i.split()) > 1 or i in twice:
             fault = "is listed twice" if i in twice else "is more than one id"
             raise UserError(f"{path}, line {number}: '{i[:80]}' {fault}; write one id per line, each once.")
-    return ids
+    return list(ids.values())
 
 
 def _require_complete(result: Verification, rubbish: str) -> None:

@@ -248,8 +248,8 @@ def _score(
     """The result of some columns; see `evaluate`."""
     if not len(dataset):
         raise UserError(f"split '{dataset.split}' of {dataset.name} is empty; check its list of images.")
-    refined = recipe.affinity.kind != "none"
-    wanted = [column for column in columns if refined or not column.startswith("refined_cam")]
+    absent = ("refined_cam",) * (recipe.affinity.kind == "none") + ("aux_cam",) * (recipe.losses.aux_cls == 0)
+    wanted = [column for column in columns if not column.startswith(absent)]
     outputs, modes = zip(*map(split_column, wanted), strict=True) if wanted else ((), ())
     counts = _Counts(wanted, dataset.classes, recipe.cam.background, device)
     scores, truth, pixels = [], [], Pixels()

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ssepa_lib.data import IGNORE, SegmentationDataset
-from ssepa_lib.data.datasets import FileDataset
+from ssepa_lib.data.datasets import FileDataset, Subset
 from ssepa_lib.data.images import IMAGE_SUFFIXES, voc_palette
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.inference import Prediction, Progress, infer, label_maps
@@ -35,7 +35,8 @@ class ImageFolder(FileDataset):
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; pass the folder that holds your images.")
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(p for p in found if not p.name.startswith("."))
         if not paths:
             raise UserError(
                 f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); pass the folder of your images."
@@ -48,7 +49,7 @@ class ImageFolder(FileDataset):
                 )
             seen[path.stem] = path
             if not path.name.isprintable():
-                raise UserError(f"{folder}: {path.name!r} is no name for a table; rename that image.")
+                raise UserError(f"{folder}: {path.name!r} is not a name for a table; rename that image.")
         super().__init__("all", classes, paths, [None] * len(paths))
 
     def read_label(self, i: int) -> Tensor:
@@ -164,7 +165,8 @@ def export_pseudo_labels(
     """Write `<id>.png` pseudo-labels (0 background, 1..C) of a labelled dataset, for training something else.
 
     They come from the affinity-refined CAM where the recipe has one, with the background threshold
-    `cam.background`.
+    `cam.background`; with a learned affinity (AFA) from the map that it propagates, with `cam.low`, but for
+    `ms_crf`.
 
     Args:
         test_time: `single` (scale 1, no flip), `ms` (`cam.scales`, `cam.flip`), both with pixel-adaptive
@@ -176,11 +178,13 @@ def export_pseudo_labels(
         UserError: an unknown test-time mode; an image without labels.
     """
     out = Path(out)
-    for path in filter(None, dataset.masks if isinstance(dataset, FileDataset) else ()):
-        if path.parent.resolve() == out.resolve():
-            raise UserError(
-                f"{out} holds the masks of {dataset.name}; choose another folder, so that they stay."
-            )
+    files = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if isinstance(files, FileDataset):
+        for path in filter(None, [*files.masks, *files.images]):
+            if path.parent.resolve() == out.resolve():
+                raise UserError(
+                    f"{out} holds files of {dataset.name}; choose another folder, so that they stay."
+                )
     options = {"device": device, "outputs": ("pseudo_label",), "test_time": (test_time,)}
     predictions = infer(network, recipe, dataset, **options, keep_images=True, progress=progress)
     checked = (_require_label(prediction, dataset) for prediction in predictions)

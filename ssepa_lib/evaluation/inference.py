@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssepa_lib.data import SegmentationDataset, eval_batches
+from ssepa_lib.data.loaders import require_classes
 from ssepa_lib.device import autocast, cores
 from ssepa_lib.evaluation.multiscale import background_and_cam, cam_view, merge_scales, scale_logits
 from ssepa_lib.evaluation.results import OUTPUTS, TEST_TIME, require_known
@@ -133,8 +134,10 @@ def infer(
         progress: called with (images done, all images).
 
     Raises:
-        UserError: an unknown output or test-time mode, or an unreadable file.
+        UserError: an unknown output or test-time mode, classes that are not those of the network, or an
+            unreadable file.
     """
+    require_classes(dataset, network.classes, "the network was trained with")
     require_known("outputs", outputs, OUTPUTS)
     require_known("test_time", test_time, TEST_TIME)
     device = torch.device(device)

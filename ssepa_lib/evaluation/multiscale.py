@@ -31,7 +31,7 @@ def scale_logits(network: Network, image: Tensor, scales: Sequence[float], flip:
     maps = []
     for scale in scales:
         sides = zip(image.shape[-2:], network.backbone.patch_size, strict=True)
-        size = [round(side * scale / patch) * patch for side, patch in sides]
+        size = [max(1, round(side * scale / patch)) * patch for side, patch in sides]
         view = F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False)
         logits = network(torch.cat([view, view.flip(-1)]) if flip else view).segmentation.float()
         if flip:  # resizing is linear and symmetric, so adding first gives the same as adding at label size
@@ -84,7 +84,9 @@ def background_and_cam(
     if len(present):
         resized = F.interpolate(maps[None], size=tuple(size), mode="bilinear")[0]
         scores = torch.cat([scores, resized])  # [P+1, H, W]
-    return scores / scores.sum(0, keepdim=True), torch.cat([present.new_zeros(1), present + 1])
+    return scores / scores.sum(0, keepdim=True).clamp_min(1e-9), torch.cat(
+        [present.new_zeros(1), present + 1]
+    )
 
 
 def crf_pseudo_label(image: Tensor, cam: Tensor, label: Tensor, background: float) -> Tensor:

@@ -178,9 +178,9 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float | None:
     occurs = labels.sum(0) > 0
     if not occurs.any():
         return None
-    each = multilabel_average_precision(
-        scores[:, occurs], labels[:, occurs].long(), int(occurs.sum()), average="none", validate_args=False
-    )
+    exact, truth = scores[:, occurs].double(), labels[:, occurs].long()  # a single sigmoid is 1 from 17 on
+    count = int(occurs.sum())
+    each = multilabel_average_precision(exact, truth, count, average="none", validate_args=False)
     return 100 * float(each.mean())
 
 

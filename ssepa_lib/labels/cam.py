@@ -135,7 +135,7 @@ def multi_scale_cam(
     is applied at each scale, to the ReLU'd map, before resizing. With `affinity.per_scale: false` it is
     applied once, to the sum, at the patches of scale 1: the affinity of the image itself then serves all
     scales. A learned affinity (AFA) is that of the largest scale. With `cam.calibrate` the map that labels
-    are made from is calibrated at the end.
+    are made from is calibrated at the end (but for the auxiliary one, which serves before `cam.main_from`).
 
     Args:
         image: [B, 3, H, W], 0..255.

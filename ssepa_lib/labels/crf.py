@@ -112,8 +112,8 @@ def crf_pool(
             yield future.result(), rest
     except (BrokenProcessPool, MemoryError) as error:
         raise UserError(
-            "a worker of the dense CRF has died, most likely for want of memory; close other programs, give "
-            "the command fewer cores (taskset -c 0), or leave ms_crf out."
+            "a worker of the dense CRF has died, most likely because memory ran out; close other programs, "
+            "give the command fewer cores (taskset -c 0), or leave ms_crf out."
         ) from error
     except BaseException:
         lifeline.close()

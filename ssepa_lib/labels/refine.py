@@ -21,7 +21,7 @@ class Refiner:
         config: which attention, how many iterations, where it is applied.
         haaf: maps the descriptor [B, K] to layer weights [B, K] (`HAAF`, `LayerWeights`); None: all layers
             alike.
-        head: makes the learned affinity (AFA) in the place of the attention's own; None: the latter.
+        head: makes the learned affinity (AFA) instead of the attention's own; None: the latter.
     """
 
     config: AffinityConfig
@@ -57,7 +57,7 @@ class Refiner:
         )
 
     def spread(self, attention: Attention) -> LearnedAffinity | None:
-        """What class scores, background included, are propagated by in the place of maps; AFA alone."""
+        """What class scores, background included, are propagated by instead of maps; AFA alone."""
         if self.head is None:
             return None
         return LearnedAffinity(attention, self.head, iterations=self.config.iterations)

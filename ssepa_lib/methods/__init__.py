@@ -2,7 +2,7 @@
 
 In comes a `TrainStep` (the network's output on a batch, class activation maps and labels); out come the named
 terms of the loss. Every file with a function `objectives(recipe, network)` is a method and is found by
-itself: a new method is such a file, its settings in `recipe.py` and its recipe.
+itself: a new method is such a file, its settings in `settings.py` or `train_settings.py` and its recipe.
 """
 
 from importlib import import_module

@@ -11,7 +11,8 @@ to the grid: 8 of 32 patches there, `affinity.radius` of the crop's side here. T
 evaluation mode. There is no stochastic depth in the backbone and no dropout in the decoder (0.1 each in
 AFA); several scales and the CRF at test time have the values that all methods share, those of ToCo; and a
 map over several scales takes the affinity of the largest one also in the evaluation, where AFA takes that
-of the image itself.
+of the image itself. The CRF, in place of PAR, starts from the propagated maps without the background among
+them, cut at `cam.background`, as that of all methods does.
 """
 
 import torch.nn.functional as F

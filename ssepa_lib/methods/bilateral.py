@@ -20,8 +20,8 @@ from torch import Tensor
 STEP = 0.7  # grid spacing in units of σ
 DRAWS = 2**17  # dithered positions of all pixels together: the fewer pixels, the more for each
 EXACT_PIXELS = 64**2  # up to here the exact sum is cheaper than a grid
-PIECE = {"cpu": 2**20, "cuda": 2**26}  # bytes blurred at once: a processor has a cache to keep to
-TINY = 1e-7  # taken as 0: products of such numbers become denormal, which processors multiply very slowly
+PIECE = {"cpu": 2**20, "cuda": 2**26}  # bytes blurred at once: a CPU has a cache to keep to
+TINY = 1e-7  # taken as 0: products of such numbers become denormal, which CPUs multiply very slowly
 GOLDEN = 1.068297188920841  # root of x¹¹ = x + 1: its powers give an evenly spread ten-dimensional sequence
 
 

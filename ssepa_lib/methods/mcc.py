@@ -23,7 +23,7 @@ from ssepa_lib.methods.toco import ClassTokenContrast, region_map
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import ContrastConfig, Recipe
 
-ORDER = 5  # after ToCo, in the place of its class token contrast
+ORDER = 5  # after ToCo, instead of its class token contrast
 
 
 def objectives(recipe: Recipe, network: Network) -> list[Objective]:

@@ -13,8 +13,8 @@ class Objective(nn.Module):
         weights: name of each term → its weight in the total loss.
         start: the first training step at which the terms count, from 0.
         needs: what they read of a `TrainStep` beside the network's output, out of "attention" (that of the
-            training crop), "cams", "token_label" and "pseudo_label". Who needs the attention is called first;
-            for the others it is gone, and so is its memory.
+            training crop), "cams", "token_label" and "pseudo_label". Objectives that
+            need the attention are called first; its memory is then freed, so that the others cannot read it.
     """
 
     def __init__(self, weights: dict[str, float], *, start: int = 0, needs: tuple[str, ...] = ()):

@@ -51,7 +51,6 @@ class TrainStep:
     recipe: Recipe
     batch: Batch
     index: int  # counted from 0
-    segmenting: bool  # whether the terms that need pseudo-labels count yet (λ1 and λ5 in SS-EPA, Eq. 8)
     generator: torch.Generator  # for crops and masks; on the CPU, so that every device draws the same
     labeler: PseudoLabeler
     refiner: Refiner | None  # None before pseudo-labels use it, and in a recipe without affinity
@@ -90,21 +89,21 @@ def take_step(
         teacher: an EMA copy that makes the maps; None: the network itself.
     """
     image, label = batch.image, batch.label
-    segmenting = index >= recipe.segmentation_step
     refiner = build_refiner(recipe.affinity, network) if index >= recipe.affinity_step else None
     kept = network.backbone.cache is not None and recipe.affinity.kind != "none"  # needed in a later epoch
     capture = refiner is not None or "attention" in needs or kept
-    output = network(image, segment=segmenting, capture=capture)
+    output = network(image, segment=index >= recipe.segmentation_step, capture=capture)
     crops = generator("crops", recipe.train.seed, index)
-    step = TrainStep(network, recipe, batch, index, segmenting, crops, labeler, refiner, output)
+    step = TrainStep(network, recipe, batch, index, crops, labeler, refiner, output)
     if needs - {"attention"}:
         source = network if teacher is None else teacher
         own = (
             teacher is None and recipe.model.drop_path == 0
         )  # else the training pass is not the inference pass
+        its_refiner = None if refiner is None else build_refiner(recipe.affinity, source)
         with evaluating(source):
             step.cams = multi_scale_cam(
-                source, image, label, recipe.cam, refiner, first=output if own else None, box=batch.box
+                source, image, label, recipe.cam, its_refiner, first=output if own else None, box=batch.box
             )
     if "token_label" in needs:
         step.token_label = labeler.token_labels(step.cams.auxiliary, output.grid)

@@ -107,7 +107,7 @@ class PatchAffinity:
         coverage: after the first multiplication, multiply further only those maps of which `covered` is below
             this share, 0..1; 0: all of them. A map that covers little has to spread, one that covers much
             would only lose its shape.
-        balance: multiply by S = (B + Bᵀ)/2 in the place of A, where B is A with its columns and then its
+        balance: multiply by S = (B + Bᵀ)/2 instead of A, where B is A with its columns and then its
             rows divided by their sums. Softmax normalises rows alone, so that patches which everybody
             attends to dominate; S gives every patch about the same weight, and passes a map in both
             directions (one round of Sinkhorn and Knopp, 1967; three in CLIP-ES, CVPR 2023). It exists as a

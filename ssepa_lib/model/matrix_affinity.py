@@ -7,7 +7,7 @@ from ssepa_lib.errors import UserError, require_index
 
 
 class MatrixAffinity:
-    """Any matrix in the place of `PatchAffinity`, with the same interface: it has one layer and no heads.
+    """Any matrix instead of `PatchAffinity`, with the same interface: it has one layer and no heads.
 
     Args:
         matrix: [B, N, N]; row i says from where patch i receives. It is used as it is; divide the rows by
@@ -19,7 +19,10 @@ class MatrixAffinity:
 
     def __init__(self, matrix: Tensor):
         if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:
-            raise UserError(f"an affinity has the shape [B, N, N], not {list(matrix.shape)}.")
+            raise UserError(
+                f"an affinity has the shape [B, N, N], not {list(matrix.shape)}; pass one "
+                "square matrix per image."
+            )
         self.matrix = matrix.float()
 
     def __len__(self) -> int:

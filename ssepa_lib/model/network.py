@@ -92,7 +92,8 @@ class Network(nn.Module):
             )
         if config.blocks > backbone.depth:
             raise UserError(
-                f"affinity.blocks is {config.blocks}, but the backbone has only {backbone.depth} blocks."
+                f"affinity.blocks is {config.blocks}, but the backbone has only {backbone.depth} blocks; "
+                "set it to that number or less."
             )
         side = max(backbone.grid(recipe.data.crop, recipe.data.crop))
         return AffinityHead(backbone.heads, config.blocks, max(1, round(config.radius * side)))

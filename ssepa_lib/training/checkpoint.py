@@ -5,15 +5,13 @@ import errno
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ssepa_lib.errors import UserError
@@ -57,8 +55,7 @@ def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
 
 def write_weights(file: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file."""
-    with _disk_errors():
-        save_file(state, file, metadata)
+    file.write_bytes(save(state, metadata))
 
 
 def read_newest(files: Sequence[Path], recipe: Recipe) -> dict[str, Any] | None:
@@ -120,13 +117,12 @@ def _read(file: Path, recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Give the failures of torch and safetensors to write a file the type that others have."""
+    """Give the failures of torch to write a file the type that others have."""
     try:
         yield
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
-        number = re.search(r"os error (\d+)", str(error))  # what safetensors says
-        code = cause.errno if cause else int(number[1]) if number else errno.EIO
+        code = cause.errno if cause else errno.EIO
         raise OSError(code, os.strerror(code)) from error

@@ -27,6 +27,7 @@ from ssepa_lib.readers import parse_json, read_json
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.checkpoint import fingerprint, read_newest, write_checkpoint, write_weights
 
+CURVE, FILM = "curve.csv", "film.npz"  # what a watcher keeps of a run while it is trained
 METRICS_FORMAT = 3  # from 3 on, every result carries the checksum of its numbers
 
 
@@ -117,7 +118,7 @@ class RunFolder:
         """
         files = (self.state, self.previous_state, self.weights, self.history, self.metrics)
         if not resume:
-            for file in files:
+            for file in (*files, self.path / CURVE, self.path / FILM):
                 file.unlink(missing_ok=True)
         elif self.recipe_file.is_file():
             self.require(recipe)
@@ -218,7 +219,7 @@ class RunFolder:
         content = read_json(self.metrics, "metrics file")
         remedy = "delete it and evaluate the run again"
         if not isinstance(content, dict):
-            raise UserError(f"{self.metrics} is no metrics file; {remedy}.")
+            raise UserError(f"{self.metrics} is not a metrics file; {remedy}.")
         version = content.pop("format", 1)
         if not isinstance(version, int) or not 1 <= version <= METRICS_FORMAT:
             raise UserError(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssepa_lib.data.datasets import SegmentationDataset, build_dataset
-from ssepa_lib.data.loaders import train_loader
+from ssepa_lib.data.loaders import require_classes, train_loader
 from ssepa_lib.data.views import Batch
 from ssepa_lib.device import launched, number_in, precision, rank_and_world, resolve_device
 from ssepa_lib.errors import UserError
@@ -43,7 +43,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
         return first + (1 - first) * step / warmup
     if recipe.optim.schedule == "poly":
         return max(0.0, 1 - step / total) ** recipe.optim.power
-    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
 class Trainer:
@@ -119,9 +119,8 @@ class Trainer:
     def _average_gradients(self) -> None:
         """One all-reduce over all gradients. Several forward passes feed one backward pass, which bucketed
         DDP hooks do not support. A gradient that only some processes have counts as zero in the others;
-        parameters without any
-        (the decoder before its terms count) stay without, so that AdamW leaves them alone as it does in one
-        process."""
+        parameters without any (the decoder before its terms count) stay without, so that AdamW leaves them
+        alone as it does in one process."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=self.device)
         dist.all_reduce(has, dist.ReduceOp.MAX)
@@ -196,35 +195,35 @@ def train(
     rank, world, device = _launch(resolve_device(recipe.train.device))
     dataset = build_dataset(recipe.data, "train")
     if rank:
-        return _train(recipe, folder, dataset, device, rank, world, None, on_step, watch)
+        trainer = Trainer(recipe, dataset.classes, device, world)
+        return _train(trainer, folder, dataset, rank, None, on_step, watch)
     with FolderLock(folder.path):
+        trainer = Trainer(recipe, dataset.classes, device, world)  # before a wrong setting can cost a run
         state = folder.prepare(recipe, resume)
-        return _train(recipe, folder, dataset, device, rank, world, state, on_step, watch)
+        return _train(trainer, folder, dataset, rank, state, on_step, watch)
 
 
 def _train(
-    recipe: Recipe,
+    trainer: Trainer,
     folder: RunFolder,
     dataset: SegmentationDataset,
-    device: torch.device,
     rank: int,
-    world: int,
     state: dict[str, Any] | None,
     on_step: OnStep | None,
     watch: Watch | None,
 ) -> Path:
     """Train in this process; `state` is that of rank 0, None: from the start."""
-    if world > 1:
+    if trainer.world > 1:
         box = [state]
         dist.broadcast_object_list(box, src=0)
         state = box[0]
-    trainer = Trainer(recipe, dataset.classes, device, world)
     if state is not None:
+        require_classes(dataset, state.get("classes", dataset.classes), "the unfinished run began with")
         trainer.load_state_dict(state)
     history = None if state is None else state.get("history") or read_history(folder.history, state["index"])
     _loop(trainer, dataset, folder, rank, History(folder.history, history), on_step, watch)
     if rank == 0:
-        folder.save_weights(trainer.network, recipe, recipe.train.steps)
+        folder.save_weights(trainer.network, trainer.recipe, trainer.recipe.train.steps)
     return folder.path
 
 
@@ -265,7 +264,7 @@ def _loop(
                 on_step({**row, "start": start, "steps": recipe.train.steps, "seconds_left": left})
             _show(trainer, watch)
         if save:
-            more = {"recipe": recipe.hash(), "history": history.state_dict()}
+            more = {"recipe": recipe.hash(), "classes": dataset.classes, "history": history.state_dict()}
             folder.save_state(trainer.state_dict() | more)
 
 

@@ -13,6 +13,7 @@ from ssepa_lib.files import write_atomically
 from ssepa_lib.labels import PseudoLabeler, build_refiner, multi_scale_cam
 from ssepa_lib.model import Network
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.run import FILM
 from ssepa_lib.workbook.watch import Watch
 
 MAPS = ("cam", "aux_cam", "refined")  # 0..1, stored in 256 levels
@@ -40,7 +41,7 @@ class Film(Watch):
         classes: Sequence[int],
         frames: int = 9,
     ):
-        self.recipe, path = recipe, Path(folder) / "film.npz"
+        self.recipe, path = recipe, Path(folder) / FILM
         self.images, self.labels, self.classes = images, labels, list(classes)
         super().__init__(path, recipe.train.steps, max(frames - 1, 1), _read(path))
 

@@ -6,6 +6,7 @@ speed that whole training steps have reached on an x86 core, or by a share of th
 multiplies matrices. Such an estimate may be wrong by a factor of three; it tells minutes from days.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,8 +134,13 @@ def _measured(folder: Path) -> dict[str, float]:
     return found
 
 
-def plan(jobs: Sequence[Job]) -> list[Planned]:
-    """Every run of the jobs once, with its expected time and disk."""
+def plan(jobs: Sequence[Job], *, anew: bool = False, beside: bool = True) -> list[Planned]:
+    """Every run of the jobs once, with its expected time and disk.
+
+    Args:
+        anew: finished runs are trained again.
+        beside: a run of the same recipe in another folder of the preset serves as well.
+    """
     recipes: dict[str, Job] = {}
     for job in jobs:
         recipes.setdefault(job.recipe.hash(), job)
@@ -142,16 +148,27 @@ def plan(jobs: Sequence[Job]) -> list[Planned]:
     estimated: dict[str, float] = {}
     planned = []
     for job in recipes.values():
-        if RunFolder(find_finished(job.recipe, job.folder)).is_finished(job.recipe):
+        folder = find_finished(job.recipe, job.folder) if beside else job.folder
+        if not anew and RunFolder(folder).is_finished(job.recipe):
             planned.append(Planned(job, 0.0, "finished", 0.0))
             continue
         kind, cost = _kind(job.recipe), step_cost(job.recipe)
         known = measured[job.folder.parent].get(kind)
         if known is None and kind not in estimated:
             estimated[kind] = seconds_per_step(job.recipe, cost)
-        seconds = job.recipe.train.steps * (estimated[kind] if known is None else known)
+        steps = job.recipe.train.steps if anew else _steps_left(job)
+        seconds = steps * (estimated[kind] if known is None else known)
         planned.append(Planned(job, seconds, "estimated" if known is None else "measured", cost.disk))
     return planned
+
+
+def _steps_left(job: Job) -> int:
+    """Steps that a run still needs: all, but for those up to the last row of an interrupted one's history."""
+    folder, done = RunFolder(job.folder), 0
+    with suppress(UserError):
+        if folder.state.is_file() and folder.recipe().hash() == job.recipe.hash():
+            done = max((int(row["step"]) for row in history_rows(folder.history)), default=0)
+    return max(1, job.recipe.train.steps - done)
 
 
 def duration(seconds: float) -> str:
@@ -178,7 +195,8 @@ def describe(planned: Sequence[Planned]) -> str:
         device = describe_device(resolve_device(left[0].job.recipe.train.device))
         disk = sum(each.disk for each in left) / 1e9
         total = duration(sum(each.seconds for each in left))
-        lines.append(f"  {len(left)} runs to train: about {total} on {device}, {disk:.1f} GB of disk")
+        many = f"{len(left)} run{'s' * (len(left) != 1)} to train"
+        lines.append(f"  {many}: about {total} on {device}, {disk:.1f} GB of disk")
     return "\n".join(lines)
 
 
@@ -194,7 +212,33 @@ def remedy(jobs: Sequence[Job], command: str) -> str:
     names = ", ".join(each.job.folder.name for each in left)
     device = describe_device(resolve_device(left[0].job.recipe.train.device))
     took = duration(sum(each.seconds for each in left))
-    return f"Not run yet: {names}. `{command}` makes what is missing, in about {took} on {device}."
+    return f"Missing: {names}. `{command}` trains what is missing, in about {took} on {device}."
+
+
+def missing_runs(
+    preset: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    arms: str = "",
+    steps: int = 0,
+    device: str = "auto",
+    run_name: str = "",
+    changes: Mapping[str, object] | None = None,
+) -> str:
+    """`remedy` of the runs of a study: the command has the arguments that the runs are named by.
+
+    Args:
+        arms: key of FSR_ARMS; empty: the methods as they are.
+        steps, device, run_name, changes: as for `study.run_study`.
+    """
+    options = {"steps": steps, "device": device, "run_name": run_name, "changes": changes}
+    jobs = study_jobs(preset, methods, seeds, splits={}, arms=FSR_ARMS[arms] if arms else None, **options)
+    words = ["study", preset, *methods, *(["--arms", arms] if arms else []), "--seeds", *map(str, seeds)]
+    words += ["--steps", str(steps)] if steps else []
+    words += ["--run-name", run_name] if run_name else []
+    words += [word for name, value in (changes or {}).items() for word in ("--set", f"{name}={value}")]
+    return remedy(list(jobs.values()), f"python -m ssepa_lib {shlex.join(words)}")
 
 
 def confirm(planned: Sequence[Planned], yes: bool, limit: float = float("inf")) -> None:

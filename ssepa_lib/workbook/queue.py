@@ -230,8 +230,8 @@ def _hand_out(jobs: Sequence[Job], agenda: _Agenda, workers: Mapping[Connection,
                 state, content = connection.recv()
             except (EOFError, ConnectionError):
                 raise UserError(
-                    f"the process that worked on {agenda.names[index]} has died, perhaps for want of memory; "
-                    "run the same command again with a smaller --processes."
+                    f"the process that worked on {agenda.names[index]} has died, perhaps because memory ran "
+                    "out; run the same command again with a smaller --processes."
                 ) from None
             if state == "crashed":
                 raise RuntimeError(content)

@@ -136,7 +136,7 @@ def _answer(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
         name = max(best, key=best.get)
         said.append(
             f"Trained with image-level labels alone, {name} labels the pixels of {setting.split(':')[0]} "
-            f"with a mIoU of {_mean(methods[name]['segmentation'])} %."
+            f"with an mIoU of {_mean(methods[name]['segmentation'])} %."
         )
     refined = {
         m: np.mean(o["refined_cam"]) - np.mean(o["cam"]) for m, o in methods.items() if o.get("refined_cam")

@@ -3,6 +3,7 @@
 `study` prints these tables for the runs it has made, `tables runs` for those that lie in a folder.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def run_tables(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> dict[str
 
     Returns:
         Title, which names split, images, size and steps, and the preset where there are several → table of
-        texts. Means are in percent with their
-        standard deviation over seeds, differences in points of mIoU, seed by seed.
+        texts. Means are in percent with their standard deviation over seeds, differences in points of mIoU,
+        seed by seed. A number that not all seeds of its row have names its own.
 
     Raises:
         UserError: a seed appears twice under the same setting.
@@ -88,9 +89,19 @@ def _means(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     if rows.empty:
         return rows
     table = plus_minus_columns(summary(rows, ["method"], columns), columns)
-    seeds = rows.groupby("method")["seed"].agg(lambda found: ", ".join(map(str, sorted(found))))
-    table["seeds"] = table["method"].map(seeds)
+    own = {method: group.set_index("seed") for method, group in rows.groupby("method")}
+    for name in columns:
+        table[name] = [
+            text + _only(own[m][name]) for m, text in zip(table["method"], table[name], strict=True)
+        ]
+    table["seeds"] = [", ".join(map(str, sorted(own[method].index))) for method in table["method"]]
     return table.rename(columns=heading)
+
+
+def _only(values: pd.Series) -> str:
+    """Which seeds have a number, where not all of a row do: ` [0, 1]`."""
+    known = values.dropna().index
+    return f" [{', '.join(map(str, sorted(known)))}]" if 0 < len(known) < len(values) else ""
 
 
 def _differences(
@@ -106,7 +117,7 @@ def _differences(
             apart = (values[changed] - values[base]).dropna(how="all")
             if len(apart):
                 row = {"difference": f"{changed} − {base}", "seeds": ", ".join(map(str, apart.index))}
-                found.append(row | {name: seed_by_seed(apart[name]) for name in columns})
+                found.append(row | {name: seed_by_seed(apart[name]) + _only(apart[name]) for name in columns})
     return pd.DataFrame(found).rename(columns=heading)
 
 
@@ -136,10 +147,42 @@ def runs_text(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> str:
     """`run_tables` as Markdown, followed by the settings that the columns belong to."""
     columns = _measured(runs, column_names(OUTPUTS, tuple(TEST_TIME)))
     parts = [f"## {title}\n\n{to_markdown(table)}" for title, table in run_tables(runs, pairs).items()]
-    for split, rows in runs.groupby("split", sort=False):
+    most = runs.sort_values("images", ascending=False, kind="stable")
+    for split, rows in most.groupby("split", sort=False):
         lines = "\n".join(f"- {line}" for line in describe_settings(rows["settings"].tolist(), columns))
         parts.append(f"Setting of {split}, one of its runs:\n\n{lines}")
     return "\n\n".join(parts)
+
+
+def mixed_training(runs: pd.DataFrame) -> list[str]:
+    """A sentence for every row of a table whose seeds were trained with different settings.
+
+    Args:
+        runs: rows of `tables.collect_runs`.
+    """
+    sentences = []
+    keys = ["preset", "method", "variant", "steps", "backbone"]
+    for (preset, method, *_), rows in runs.drop_duplicates(["preset", "run"]).groupby(keys, sort=False):
+        known = [_training(settings) for settings in rows["settings"]]
+        for run, other in zip(rows["run"], known, strict=True):
+            apart = sorted(name for name in known[0] | other if known[0].get(name) != other.get(name))
+            reason = f"their settings differ ({', '.join(apart[:3])})"
+            if not (known[0] and other):
+                reason = "an earlier version did not store the settings of one of them"
+            if known[0] != other:
+                sentences.append(
+                    f"{preset}: {rows['run'].iloc[0]} and {run} share the row {method}, but {reason}; keep "
+                    "them in different folders, or name one of them with --run-name."
+                )
+    return sentences
+
+
+def _training(setting: dict) -> dict[str, object]:
+    """What the weights of a run depend on, but for the seed: `section.name` → value."""
+    training = setting.get("training") or {}  # none in results of an earlier version
+    found = {f"{section}.{name}": value for section, own in training.items() for name, value in own.items()}
+    found.pop("train.seed", None)
+    return found
 
 
 def curve_tables(folder: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -169,8 +212,11 @@ def _against_steps(curves: pd.DataFrame) -> pd.DataFrame:
     for output in SCORED:
         for method, own in curves.dropna(subset=output).groupby("method", sort=False):
             row = {"output": heading(output), "method": method, "seeds": own["seeds"].iloc[0]}
-            rows.append(row | {f"{step:g}": value for step, value in own.set_index("step")[output].items()})
-    return pd.DataFrame(rows)
+            rows.append(row | own.set_index("step")[output].to_dict())
+    table = pd.DataFrame(rows)
+    steps = sorted(name for name in table if not isinstance(name, str))
+    columns = {step: f"{step:g}" for step in steps}
+    return table[["output", "method", "seeds", *steps]].rename(columns=columns) if rows else table
 
 
 def write_study(runs: pd.DataFrame, preset: str, run_name: str, *, curve: bool = False) -> str:
@@ -187,12 +233,12 @@ def write_study(runs: pd.DataFrame, preset: str, run_name: str, *, curve: bool =
     folder = preset_folder(preset)
     path = folder / "tables" / "-".join(filter(None, ("study", run_name)))
     table = runs.drop(columns="settings")
-    write_csv(path.with_suffix(".csv"), table.columns, table.itertuples(index=False, name=None))
+    write_csv(path.with_name(f"{path.name}.csv"), table.columns, table.itertuples(index=False, name=None))
     named = with_variants(runs) if runs["variant"].nunique() > 1 else runs
     base, *others = dict.fromkeys(named["method"])
     text = runs_text(named, [(method, base) for method in others])
-    write_text(path.with_suffix(".md"), f"{text}\n")
-    files = [path.with_suffix(".md"), *draw_curves(named, folder, path.name)]
+    write_text(path.with_name(f"{path.name}.md"), f"{text}\n")
+    files = [path.with_name(f"{path.name}.md"), *draw_curves(named, folder, path.name)]
     parts = [text, *map(str, files)]
     bare = [run for run in dict.fromkeys(runs["run"]) if curve and read_curve(folder / run).empty]
     if bare:
@@ -251,7 +297,9 @@ def stored_runs_text(folder: Path, preset: str) -> str:
     if runs.empty:
         jobs = list(study_jobs(preset, [BASE, "ssepa"], [0], splits={}).values())
         made = remedy(jobs, f"python -m ssepa_lib study {preset} {BASE} ssepa --seeds 0")
-        raise UserError(f"{folder} holds no run that was scored. {made}".rstrip())
+        raise UserError(f"{folder} contains no evaluated run. {made}".rstrip())
+    for sentence in mixed_training(runs):
+        print(sentence, file=sys.stderr)
     runs = reading_order(runs)
     named = with_variants(runs)
     curves = [f"## {title}\n\n{to_markdown(t)}" for title, t in curve_tables(folder, named).items()]

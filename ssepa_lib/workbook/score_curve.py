@@ -13,11 +13,11 @@ from ssepa_lib.files import write_csv
 from ssepa_lib.model import Network
 from ssepa_lib.readers import read_table
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.run import CURVE
 from ssepa_lib.workbook.watch import Watch
 
 SCORED = ("cam", "refined_cam", "pseudo_label", "segmentation")
 IMAGES = 100
-FILE = "curve.csv"
 
 
 class ScoreCurve(Watch):
@@ -36,7 +36,7 @@ class ScoreCurve(Watch):
     ):
         self.recipe, self.dataset = recipe, measured_split(recipe, split, images)
         kept = {int(row.pop("step")): row for row in read_curve(folder).to_dict("records")}
-        super().__init__(Path(folder) / FILE, recipe.train.steps, points, kept)
+        super().__init__(Path(folder) / CURVE, recipe.train.steps, points, kept)
 
     def take(self, network: Network) -> dict[str, float | None]:
         """The mIoU of every output in percent; None where the recipe has none."""
@@ -59,16 +59,24 @@ def read_curve(folder: Path | str) -> pd.DataFrame:
     Raises:
         UserError: the file is damaged.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / CURVE
     if not path.is_file():
         return pd.DataFrame({name: pd.Series(dtype=float) for name in ("step", *SCORED)})
     columns, rows = read_table(path, "curve of a run")
     if columns != ["step", *SCORED]:
-        raise UserError(f"{path} is no curve of a run; remove it, and train the run again to get another.")
+        raise UserError(f"{path} is not the curve of a run; remove it, and train the run again.")
     try:
-        return pd.DataFrame(rows, columns=columns).replace("", None).astype(float)
+        table = pd.DataFrame(rows, columns=columns).replace("", None).astype(float)
     except ValueError as error:
-        raise UserError(f"{path} holds something else than numbers ({error}); remove it.") from error
+        raise UserError(f"{path} contains something other than numbers ({error}); remove it.") from error
+    steps, scores = table["step"], table[list(SCORED)]
+    rising = steps.is_monotonic_increasing and steps.is_unique and bool((steps >= 0).all())
+    if not rising or steps.isna().any() or ((scores < 0) | (scores > 100)).any(axis=None):
+        raise UserError(
+            f"{path} is damaged: steps must rise from 0 on, and mIoU lie in 0..100; remove it, and train the "
+            "run again."
+        )
+    return table
 
 
 def mean_curves(folders: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
@@ -97,7 +105,7 @@ def stored_curves(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     Args:
         runs: columns preset, run and method, as `tables.collect_runs` has them.
     """
-    paths = {(path.parent.parent.name, path.parent.name): path.parent for path in folder.rglob(FILE)}
+    paths = {(path.parent.parent.name, path.parent.name): path.parent for path in folder.rglob(CURVE)}
     runs = runs.drop_duplicates(["preset", "run", "method"])  # two methods can share a run
     runs = runs[[run in paths for run in zip(runs["preset"], runs["run"], strict=True)]]
     folders = pd.Series([paths[run] for run in zip(runs["preset"], runs["run"], strict=True)], dtype=object)

@@ -27,6 +27,7 @@ from ssepa_lib.paths import plain_name, results_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder, find_finished
 from ssepa_lib.training.trainer import OnStep, train
+from ssepa_lib.workbook.ablations import FSR_ARMS
 from ssepa_lib.workbook.progress import bars
 from ssepa_lib.workbook.queue import Job, Report, run_jobs, share, stored_outcome
 from ssepa_lib.workbook.tables import result_row
@@ -42,7 +43,7 @@ def preset_folder(preset: str, run_name: str = "") -> Path:
     """`<results>/<preset>[/<run_name>]`, with the folders `figures` and `tables` made in it.
 
     Raises:
-        UserError: a run name that is no plain name of a folder.
+        UserError: a run name that is not a plain name of a folder.
     """
     folder = results_root() / plain_name("preset", preset)
     folder = folder / plain_name("run_name", run_name) if run_name else folder
@@ -55,7 +56,7 @@ def run_folder(preset: str, method: str, seed: int = 0, run_name: str = "") -> P
     """`<results>/<preset>/<method>[-<backbone>][-<run_name>]-seed<seed>` of a method or `method/backbone`.
 
     Raises:
-        UserError: a preset or run name that is no plain name of a folder.
+        UserError: a preset or run name that is not a plain name of a folder.
     """
     parts = (method.replace("/", "-"), plain_name("run_name", run_name) if run_name else "", f"seed{seed}")
     return results_root() / plain_name("preset", preset) / "-".join(filter(None, parts))
@@ -110,6 +111,13 @@ def open_run(
         wanted = {"methods": method, "seed": seed, "run_name": run_name, "steps": steps}
         options = "".join(f" -p {name}={value}" for name, value in wanted.items() if value or name == "seed")
         command = f"python -m ssepa_lib workbook --preset {preset} --only 03{options}"
+        for question, arms in FSR_ARMS.items() if method == "fsr" else ():
+            for arm in (folder_name(arm) for arm, own in arms.items() if own):
+                if run_name == arm or run_name.endswith(f"-{arm}"):
+                    rest = run_name.removesuffix(arm).strip("-")
+                    command = f"python -m ssepa_lib study {preset} fsr --arms '{question}' --seeds {seed}"
+                    command += f" --run-name {rest}" * bool(rest) + f" --steps {steps}" * bool(steps)
+                    raise UserError(f"there is no finished run in {folder.path}; train it first ({command}).")
         raise UserError(
             f"there is no finished run in {folder.path}; run notebook 03_training first ({command})."
         )
@@ -198,7 +206,7 @@ def run_study(
         arms: name → further overrides; None: every method once.
         curve: how often every run is scored while it is trained, on the first split; see `ScoreCurve`.
         progress: makes the `on_step` callback of a run from its label.
-        report: takes every report of the queue in place of `progress`; see `queue.Report`.
+        report: takes every report of the queue instead of `progress`; see `queue.Report`.
         processes: worker processes; 1: everything in this one.
         shard: (i, n): compute only the i-th of n shares of the runs.
 

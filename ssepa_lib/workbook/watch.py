@@ -28,7 +28,7 @@ class Watch(ABC):
     def __call__(self, network: Network, step: int) -> None:
         """Keep this moment if one is due, and drop later ones (of a run that starts again)."""
         self.kept = {at: moment for at, moment in self.kept.items() if at < step}
-        if step < len(self.kept) * self.interval and step < self.last:
+        if self.kept and step // self.interval <= max(self.kept) // self.interval and step < self.last:
             return
         self.kept[step] = self.take(network)
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The five diagrams of the method, drawn by code with the numbers of a run in the place of its letters.
+"""The five diagrams of the method, drawn by code with the numbers of a run instead of its letters.
 
 White is data, blue is learned, grey is fixed, orange is the teacher. A solid arrow is a way on which a
 gradient flows back; on a dashed one it is stopped; a zigzag is an argmax, which has none.

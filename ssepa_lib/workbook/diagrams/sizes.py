@@ -1,4 +1,4 @@
-"""The numbers that stand in a diagram in the place of the letters."""
+"""The numbers that stand in a diagram instead of the letters."""
 
 import math
 from dataclasses import dataclass, field, replace

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from ssepa_lib.training.history import history_rows
 from ssepa_lib.workbook.figures.style import BESIDE, OUTPUT_NAMES, own_axes
 
+SCORED = ("toco", "ssepa", "ssepa_plus", "fsr+ssepa_plus", "mcc", "afa", "fsr")  # one colour in every figure
 TERM_NAMES = {
     "lr": "learning rate of the backbone",
     "loss": "total loss",
@@ -91,13 +92,14 @@ def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
         Axes of the panels.
     """
     outputs = [name for name in OUTPUT_NAMES if name in curves and curves[name].notna().any()]
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys((*SCORED, *curves["method"])))}
     figure, axes = plt.subplots(
         1, len(outputs), figsize=(2.6 * len(outputs), 2.8), sharey=True, squeeze=False
     )
     for ax, output in zip(axes[0], outputs, strict=True):
         for method, rows in curves.groupby("method", sort=False):
             shown = rows.dropna(subset=[output])
-            ax.plot(shown["step"], shown[output], label=method, linewidth=1.4, marker="o", markersize=3)
+            ax.plot(shown["step"], shown[output], "o-", color=colours[method], label=method, lw=1.4, ms=3)
         ax.set(title=OUTPUT_NAMES[output], xlabel="step")
     axes[0, 0].set_ylabel("mIoU, %")
     entries = axes[0, 0].get_legend_handles_labels()

@@ -105,7 +105,7 @@ def plot_maps_with_shares(
 
 
 def _plot_curtain(size: tuple[int, int], ax: Axes, title: str) -> None:
-    """A grey panel with a question mark in the place of an image of `size` (height, width)."""
+    """A grey panel with a question mark instead of an image of `size` (height, width)."""
     plot_image(np.full((*size, 3), 200, np.uint8), ax, title)
     ax.text(size[1] / 2, size[0] / 2, "?", fontsize=28, color="0.4", ha="center", va="center")
 

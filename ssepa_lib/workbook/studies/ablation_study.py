@@ -203,13 +203,15 @@ def backbone_table(runs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def supported(report: Mapping[str, str], numbers: Mapping[str, float]) -> int:
-    """How many lines of a referee report rest on a number of the notebook, written with one digit or more.
+    """How many lines of a referee report rest on a number of the notebook, written with one or two decimals
+    or, if it is a count, as it is.
 
     Args:
         report: topic → line.
         numbers: what the notebook has computed.
     """
-    known = {f"{abs(value):.{digits}f}" for value in numbers.values() for digits in (0, 1, 2)}
+    known = {f"{abs(value):.{digits}f}" for value in numbers.values() for digits in (1, 2)}
+    known |= {str(value) for value in numbers.values() if isinstance(value, int)}
     lines = [str(line) for line in report.values()]
     return sum(bool(known & set(re.findall(r"\d+(?:\.\d+)?", line))) for line in lines)
 

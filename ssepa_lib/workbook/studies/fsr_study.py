@@ -5,7 +5,6 @@ The paper's numbers are not among our sources, only its statements; ours are com
 trains (`ablations.FSR_ARMS`).
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,8 +12,8 @@ import pandas as pd
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.workbook.ablations import FSR_ARMS
-from ssepa_lib.workbook.plan import remedy
-from ssepa_lib.workbook.study import folder_name, study_jobs
+from ssepa_lib.workbook.plan import missing_runs
+from ssepa_lib.workbook.study import folder_name
 from ssepa_lib.workbook.tables import committed, committed_runs, in_words
 
 SMALLEST = (
@@ -169,9 +168,4 @@ def missing_arms(
         steps, device, run_name, changes: as for `study.run_study`.
     """
     options = {"steps": steps, "device": device, "run_name": run_name, "changes": changes}
-    jobs = study_jobs(preset, ["fsr"], seeds, splits={}, arms=FSR_ARMS[question], **options)
-    words = ["study", preset, "fsr", "--arms", question, "--seeds", *map(str, seeds)]
-    words += ["--steps", str(steps)] if steps else []
-    words += ["--run-name", run_name] if run_name else []
-    words += [word for name, value in (changes or {}).items() for word in ("--set", f"{name}={value}")]
-    return remedy(list(jobs.values()), f"python -m ssepa_lib {shlex.join(words)}")
+    return missing_runs(preset, ["fsr"], seeds, arms=question, **options)
