@@ -20,7 +20,9 @@ def resolve_device(name: str = "auto") -> torch.device:
         UserError: `cuda` was asked for on a machine without a usable GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("the device is 'cuda', but no CUDA GPU is usable here; set it to 'cpu' or 'auto'.")
+        raise UserError(
+            "--device or train.device is cuda, but no CUDA GPU is usable here; set it to cpu or auto."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

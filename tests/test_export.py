@@ -146,8 +146,7 @@ def test_pseudo_labels_need_labels(tmp_path):
 
 
 def test_submission_layout_and_content(tmp_path):
-    data = TwoImages(masks=False)
-    data.classes = VocNetwork().classes
+    data = TwoImages(masks=False, classes=VocNetwork().classes)
     archive = export_submission(
         VocNetwork(), recipe(), data, tmp_path / "voc.tgz", device="cpu", test_time="single"
     )
@@ -170,8 +169,7 @@ def test_nothing_is_left_when_a_submission_fails(tmp_path):
                 raise UserError("unreadable image")
             return super().image(i)
 
-    broken = Broken()
-    broken.classes = VocNetwork().classes
+    broken = Broken(classes=VocNetwork().classes)
     with pytest.raises(UserError, match="unreadable"):
         export_submission(
             VocNetwork(), recipe(), broken, tmp_path / "voc.tgz", device="cpu", test_time="single"

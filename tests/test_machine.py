@@ -583,7 +583,8 @@ def test_a_second_evaluation_or_export_is_told_who_holds_the_folder(unfinished, 
     assert len(refused) == 2 and not list(run.path.glob("*.lock")) and not list(run.path.glob(".*"))
     network, _ = run.load("cpu")
     with FolderLock(tmp_path / "labels"), pytest.raises(UserError, match="labels is in use by process"):
-        export_pseudo_labels(network, recipe, TwoImages(), tmp_path / "labels", device="cpu")
+        dataset = TwoImages(classes=network.classes)
+        export_pseudo_labels(network, recipe, dataset, tmp_path / "labels", device="cpu")
 
 
 def test_a_submission_on_a_full_disk(disk, monkeypatch):
@@ -593,7 +594,6 @@ def test_a_submission_on_a_full_disk(disk, monkeypatch):
     predictions = [(str(i), Image.fromarray(noise), noise) for i in range(5)]
     monkeypatch.setattr(submission, "label_maps", lambda *_: predictions)
     with full(), pytest.raises(UserError, match=r"voc\.tgz cannot be written"):
-        submission.export_submission(
-            TwentyClasses(), toy_recipe(), TwoImages(), folder / "voc.tgz", device="cpu"
-        )
+        network, dataset = TwentyClasses(), TwoImages(classes=TwentyClasses.classes)
+        submission.export_submission(network, toy_recipe(), dataset, folder / "voc.tgz", device="cpu")
     assert names(folder) == []

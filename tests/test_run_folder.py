@@ -402,7 +402,7 @@ def test_a_failed_write_leaves_the_old_metrics(tmp_path):
     [
         ('{"format": 99, "val": {"setting": {}}}', "newer version"),
         ('{"format": "two", "val": {"setting": {}}}', "newer version"),
-        ("[1, 2]", "no metrics file"),
+        ("[1, 2]", "not a metrics file"),
         ('{"val": {"setting"', r"metrics\.json"),
         ('{"val": {"miou": {}}}', "'setting' of val is missing"),
         ('{"val": 3}', "'setting' of val is missing"),

@@ -209,7 +209,7 @@ def test_places_for_results_are_checked_beforehand(tmp_path):
 
 def test_an_export_does_not_replace_the_masks_of_its_dataset(tmp_path):
     dataset = FileDataset("train", ["moth"], [tmp_path / "a.jpg"], [tmp_path / "masks" / "a.png"])
-    with pytest.raises(UserError, match="holds the masks"):
+    with pytest.raises(UserError, match="holds files of"):
         export_pseudo_labels(None, None, dataset, tmp_path / "masks", device="cpu")
 
 

@@ -212,7 +212,7 @@ def test_a_folder_without_a_class_a_lost_folder_and_rival_tables_are_refused(roo
         adopt(survey(root), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (root / "classes.txt").write_text("moth\nmoth\n")
-    with pytest.raises(UserError, match="a class stands twice"):
+    with pytest.raises(UserError, match="a class is listed twice"):
         survey(root)
     (root / "labels.csv").rename(root / "one.csv")
     (root / "two.csv").write_text("image,classes\n")

@@ -38,8 +38,8 @@ class ColourNetwork(nn.Module):
 class TwoImages(SegmentationDataset):
     """Two images of different sizes, a red half and a green quarter."""
 
-    def __init__(self, masks=True):
-        super().__init__("val", CLASSES, ["a", "b"])
+    def __init__(self, masks=True, classes=CLASSES):
+        super().__init__("val", classes, ["a", "b"])
         self.masks, self.name, self.opened = masks, "toy", []
 
     def label(self, i):
