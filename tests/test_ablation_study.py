@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ssepa_lib.model import Attention
 from ssepa_lib.paths import PROJECT
 from ssepa_lib.recipe import AffinityConfig
-from ssepa_lib.workbook import tables
+from ssepa_lib.workbook import plan, tables
 from ssepa_lib.workbook.ablations import FSR_ARMS, base_of
 from ssepa_lib.workbook.studies import ablation_study as ablation
 from ssepa_lib.workbook.studies import fsr_study
@@ -201,13 +201,13 @@ def test_arms_are_compared_within_what_was_trained_together():
 
 def test_missing_arms_say_command_and_time(tmp_path, monkeypatch):
     monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path))
-    said = fsr_study.missing_arms("shapes", "mask ratio", [0, 1], device="cpu")
+    said = plan.missing_runs("shapes", ["fsr"], [0, 1], arms="mask ratio", device="cpu")
     assert "fsr-r-=-0.1-seed0" in said
     assert "`python -m ssepa_lib study shapes fsr --arms 'mask ratio' --seeds 0 1` trains" in said
     assert " min on " in said or " s on " in said
     changes = {"losses.cer": 0.0, "train.precision": "fp32"}
-    said = fsr_study.missing_arms(
-        "shapes", "views", [0], steps=7, run_name="a", changes=changes, device="cpu"
+    said = plan.missing_runs(
+        "shapes", ["fsr"], [0], arms="views", steps=7, run_name="a", changes=changes, device="cpu"
     )
     assert "--seeds 0 --steps 7 --run-name a --set losses.cer=0.0 --set train.precision=fp32` trains" in said
 

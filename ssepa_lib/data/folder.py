@@ -97,9 +97,7 @@ class FolderDataset(TableDataset):
     def _match_images(folder: Path, table: Path, listed: list[str]) -> None:
         """Raise UserError unless the table lists exactly the folder's images, each with its own stem."""
         names = (p.name for p in folder.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
-        there = {
-            name for name in names if not name.startswith(".")
-        }  # hidden: half written, or a system's own
+        there = {name for name in names if not name.startswith(".")}  # hidden: half written, or of the system
         missing = [name for name in listed if name not in there]
         refuse_missing(
             missing, len(listed), f"{table}: images listed", f"add them to {folder} or delete their rows"

@@ -5,14 +5,13 @@ The paper's numbers are not among our sources, only its statements; ours are com
 trains (`ablations.FSR_ARMS`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pandas as pd
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.workbook.ablations import FSR_ARMS
-from ssepa_lib.workbook.plan import missing_runs
 from ssepa_lib.workbook.study import folder_name
 from ssepa_lib.workbook.tables import committed, committed_runs, in_words
 
@@ -149,23 +148,3 @@ def questions(live: Mapping[str, pd.DataFrame] | None = None, output: str = "pse
             row[world] = said if difference.empty else f"{said}: {in_words(difference)}"
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def missing_arms(
-    preset: str,
-    question: str,
-    seeds: Sequence[int],
-    *,
-    steps: int = 0,
-    device: str = "auto",
-    run_name: str = "",
-    changes: Mapping[str, object] | None = None,
-) -> str:
-    """What makes the runs of a question that are not there yet, and how long it takes; empty if all are.
-
-    Args:
-        question: key of FSR_ARMS.
-        steps, device, run_name, changes: as for `study.run_study`.
-    """
-    options = {"steps": steps, "device": device, "run_name": run_name, "changes": changes}
-    return missing_runs(preset, ["fsr"], seeds, arms=question, **options)
