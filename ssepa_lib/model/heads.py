@@ -64,17 +64,17 @@ class CrossAttentionBlock(nn.Module):
         super().__init__()
         self.norm_query = nn.LayerNorm(width, eps=1e-6)
         self.norm_patches = nn.LayerNorm(width, eps=1e-6)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, heads)
         self.norm_mlp = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, query: Tensor, patches: Tensor, *, maps: bool = False) -> tuple[Tensor, Tensor | None]:
         """Query [B, 1, D], patches [B, N, D] → query [B, 1, D], maps [B, H, 1, N] if asked for, else None."""
-        seen = self.norm_patches(patches)
-        mixed, weights = self.attention(
-            self.norm_query(query), seen, seen, need_weights=maps, average_attn_weights=False
-        )
-        query = query + mixed
+        # contiguous and batch second: otherwise torch copies the weights once per token where no gradient is kept
+        seen = self.norm_patches(patches).transpose(0, 1).contiguous()  # [N, B, D]
+        asked = self.norm_query(query).transpose(0, 1)  # [1, B, D]
+        mixed, weights = self.attention(asked, seen, seen, need_weights=maps, average_attn_weights=False)
+        query = query + mixed.transpose(0, 1)
         return query + self.mlp(self.norm_mlp(query)), weights
 
 
