@@ -65,6 +65,11 @@ def remove_parts(path: Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Paths in order, without hidden ones: part files, and what a system keeps beside a user's files."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))

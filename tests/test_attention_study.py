@@ -60,3 +60,35 @@ def test_attention_without_preference_stays_on_the_object_by_chance():
     assert table["own_object"].tolist() == pytest.approx(table["chance"].tolist())
     blur = attention_study.head_blur(network, recipe(size=8), TwoImages())
     assert blur.tolist() == pytest.approx([0, 0], abs=1e-6), "heads that agree lose nothing"
+
+
+class AlikeHeads:
+    """Two layers whose four heads see the same logits; the CAM is class 1 in the left half of the grid."""
+
+    classifier = SimpleNamespace(weight=torch.zeros(1))
+
+    def __call__(self, image, *, segment, capture):
+        draw = torch.Generator().manual_seed(1)
+        sides = [torch.randn(1, 1, 17, 8, generator=draw).expand(1, 4, -1, -1) for _ in range(4)]
+        cam = torch.zeros(1, 2, 4, 4)
+        cam[:, 0, :, :2] = cam[:, 1, :2] = 1
+        return SimpleNamespace(cam=cam, attention=Attention(sides[:2], sides[2:], 1, (4, 4)))
+
+
+def test_averaging_equal_heads_takes_their_noise_down_and_nothing_else():
+    table = attention_study.head_average(AlikeHeads(), recipe(size=16), TwoImages(), size=0.1)
+    assert table["layer"].tolist() == [0, 1]
+    assert table["similarity"].tolist() == pytest.approx([1, 1])
+    assert (table["mean_one_noisy"] / table["single_head"]).tolist() == pytest.approx([1 / 4] * 2, rel=1e-4)
+    assert (table["mean_all_noisy"] / table["single_head"]).tolist() == pytest.approx([1 / 2] * 2, rel=0.4)
+    again = attention_study.head_average(AlikeHeads(), recipe(size=16), TwoImages(), size=0.1)
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_an_image_without_a_class_does_not_count():
+    class OneLabelled(TwoImages):
+        def label(self, i):
+            return torch.eye(2)[0] * (1 - i)
+
+    both = attention_study.head_average(AlikeHeads(), recipe(size=16), OneLabelled(), size=0.1)
+    assert both["single_head"].notna().all()

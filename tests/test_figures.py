@@ -231,9 +231,22 @@ def test_a_claim_joins_the_runs_of_one_seed():
     axes = figures.plot_claim(deep, {"a": "without", "b": "with"})
     lines = [line.get_ydata().tolist() for line in axes[0].lines]
     assert lines[0] == [1.0, 2.0] and lines[1][0] == 3.0 and np.isnan(lines[1][1])
+
+
+def test_numbers_of_a_layer_have_a_panel_each():
     layers = pd.DataFrame({"mIoU": [10.0, 20.0], "entropy": [1.0, 2.0]})
     (ax,) = figures.plot_number_against_miou(layers, {"entropy": "entropy, nats"})
     assert [text.get_text() for text in ax.texts] == ["0", "1"]
+
+
+def test_changes_of_the_head_mean_are_drawn_in_percent_beside_the_bound():
+    table = pd.DataFrame({"layer": [0, 1], "similarity": [0.5, 0.9], "single_head": [0.4, 0.2]})
+    table = table.assign(mean_all_noisy=[0.3, 0.1], mean_one_noisy=[0.1, 0.05])
+    alike, moved = figures.plot_head_average(table, heads=4)
+    assert alike.lines[0].get_ydata().tolist() == [0.5, 0.9]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in moved.lines}
+    assert drawn["one head alone"] == pytest.approx([40, 20])
+    assert drawn["one head alone / √H"] == pytest.approx([20, 10])
 
 
 def test_forest_puts_published_above_ours():

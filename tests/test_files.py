@@ -16,6 +16,7 @@ from ssepa_lib.files import (
     FolderLock,
     _process,
     remove_parts,
+    visible,
     write_atomically,
     write_csv,
     write_json,
@@ -189,3 +190,11 @@ def test_parts_that_killed_writers_left_are_removed(tmp_path):
     remove_parts(tmp_path / "state.pt")
     remove_parts(tmp_path / "*.png")
     assert names(tmp_path) == [".x.part.png", "a.png"]
+
+
+def test_part_files_are_hidden(tmp_path):
+    seen = []
+    write_atomically(tmp_path / "b.png", lambda part: part.touch() or seen.extend(visible([part])))
+    (tmp_path / "a.png").touch()
+    (tmp_path / "._a.png").touch()  # as macOS leaves them
+    assert seen == [] and [path.name for path in visible(tmp_path.iterdir())] == ["a.png", "b.png"]

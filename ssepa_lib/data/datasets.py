@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ssepa_lib.data.download import Progress
 from ssepa_lib.data.images import UNREADABLE, read_image, read_mask, voc_palette
 from ssepa_lib.errors import UserError
-from ssepa_lib.files import require_place
+from ssepa_lib.files import require_place, visible
 from ssepa_lib.recipe import DataConfig, Recipe
 
 DATASETS: dict[str, type["SegmentationDataset"]] = {}
@@ -228,7 +228,7 @@ class Subset(SegmentationDataset):
 
 def stems(folder: Path, suffix: str) -> set[str]:
     """Names, without the suffix, of a folder's files of one kind; none if the folder does not exist."""
-    return {path.stem for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")}
+    return {path.stem for path in visible(folder.glob(f"*{suffix}"))}
 
 
 def refuse_missing(missing: list[str], total: int, what: str, remedy: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from ssepa_lib.data.datasets import FileDataset, refuse_missing, stems
 from ssepa_lib.data.images import IGNORE, IMAGE_SUFFIXES
 from ssepa_lib.errors import UserError
+from ssepa_lib.files import visible
 from ssepa_lib.readers import read_lines, read_table
 
 
@@ -96,8 +97,7 @@ class FolderDataset(TableDataset):
     @staticmethod
     def _match_images(folder: Path, table: Path, listed: list[str]) -> None:
         """Raise UserError unless the table lists exactly the folder's images, each with its own stem."""
-        names = (p.name for p in folder.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
-        there = {name for name in names if not name.startswith(".")}  # hidden: half written, or of the system
+        there = {path.name for path in visible(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
         missing = [name for name in listed if name not in there]
         refuse_missing(
             missing, len(listed), f"{table}: images listed", f"add them to {folder} or delete their rows"

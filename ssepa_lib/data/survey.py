@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ssepa_lib.data.images import IGNORE, IMAGE_SUFFIXES, UNREADABLE, as_rgb, read_mask
 from ssepa_lib.errors import UserError
+from ssepa_lib.files import visible
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".bmp", ".tif", ".tiff", ".webp")  # what may be in the folder
 SMALLEST = 32  # pixels of the shorter side that an image must have
@@ -144,7 +145,7 @@ def _plain(name: str) -> str:
 def _find_table(root: Path) -> Path | None:
     if (root / "labels.csv").is_file():
         return root / "labels.csv"
-    tables = sorted(path for path in root.glob("*.csv") if not path.name.startswith("."))
+    tables = visible(root.glob("*.csv"))
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise UserError(f"{root} holds several tables ({names}); name the one of the labels labels.csv.")
@@ -185,16 +186,15 @@ def _read_rows(path: Path) -> Iterator[tuple[str, tuple[str, ...], str]]:
 
 
 def _rows_of_folders(root: Path, base: Path) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    folders = [path for path in sorted(base.iterdir()) if path.is_dir() and path.name not in ("masks",)]
-    folders = [path for path in folders if not path.name.startswith(".")]
+    folders = [path for path in visible(base.iterdir()) if path.is_dir() and path.name != "masks"]
     if not folders:
         raise UserError(
             f"{root} has neither labels.csv nor a folder for each class; write one row per image with the "
             "columns image, classes."
         )
     for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        for path in visible(folder.iterdir()):
+            if path.suffix.lower() in SUFFIXES:
                 yield f"{folder.name}/{path.name}", (folder.name,), ""
 
 
@@ -243,9 +243,8 @@ def _files(root: Path, base: Path) -> dict[str, Path]:
     """The images of a folder and its subfolders, by name as it is compared, also in small letters."""
     found: dict[str, Path] = {}
     aside = (root / "masks", base / "masks")
-    for path in sorted([*base.glob("*"), *base.glob("*/*")]):
-        image = path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        if image and path.parent not in aside:
+    for path in visible([*base.glob("*"), *base.glob("*/*")]):
+        if path.suffix.lower() in SUFFIXES and path.is_file() and path.parent not in aside:
             found[_plain(path.relative_to(base).as_posix())] = path
     return {key.casefold(): path for key, path in found.items()} | found
 

@@ -17,7 +17,7 @@ from ssepa_lib.data.datasets import FileDataset, Subset
 from ssepa_lib.data.images import IMAGE_SUFFIXES, voc_palette
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.inference import Prediction, Progress, infer, label_maps
-from ssepa_lib.files import FolderLock, remove_parts, write_atomically, write_csv
+from ssepa_lib.files import FolderLock, remove_parts, visible, write_atomically, write_csv
 from ssepa_lib.model.network import Network
 from ssepa_lib.recipe import Recipe
 
@@ -35,8 +35,7 @@ class ImageFolder(FileDataset):
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; pass the folder that holds your images.")
-        found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths = sorted(p for p in found if not p.name.startswith("."))
+        paths = [path for path in visible(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
         if not paths:
             raise UserError(
                 f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); pass the folder of your images."

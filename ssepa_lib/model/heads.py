@@ -70,7 +70,7 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, query: Tensor, patches: Tensor, *, maps: bool = False) -> tuple[Tensor, Tensor | None]:
         """Query [B, 1, D], patches [B, N, D] → query [B, 1, D], maps [B, H, 1, N] if asked for, else None."""
-        # contiguous and batch second: otherwise torch copies the weights once per token where no gradient is kept
+        # contiguous, batch second: without gradient torch otherwise copies the weights once for every token
         seen = self.norm_patches(patches).transpose(0, 1).contiguous()  # [N, B, D]
         asked = self.norm_query(query).transpose(0, 1)  # [1, B, D]
         mixed, weights = self.attention(asked, seen, seen, need_weights=maps, average_attn_weights=False)

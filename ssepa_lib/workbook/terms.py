@@ -48,7 +48,7 @@ GLOSSARY = {
     ),
     "CAM": Term("A class activation map is the classifier's score of every single patch.", "00 §4, 02 §1"),
     "class token": Term(
-        "The class token is an extra token in which the backbone collects the whole image.", "02 §2, 05 §6"
+        "The class token is an extra token in which the backbone collects the whole image.", "02 §2, 05 §7"
     ),
     "class token contrast": Term(
         "This loss makes class tokens of views of one object alike and pushes views of background away.",
@@ -110,7 +110,7 @@ GLOSSARY = {
     "local and global view": Term(
         "A local view is a small crop of an image, and a global view a large one.", "01 §5"
     ),
-    "MCA": Term("FSR's aggregator collects a class token from the patches by cross-attention.", "05 §6"),
+    "MCA": Term("FSR's aggregator collects a class token from the patches by cross-attention.", "05 §7"),
     "mIoU": Term(
         "The mIoU is the mean over the classes of intersection over union, counted over the whole split.",
         "01 §4",
@@ -241,7 +241,7 @@ EQUATIONS = {
             "methods.fsr.self_distillation",
             "evaluation.attention.attention_entropy",
         ),
-        "03 §4, 05 §5, §6",
+        "03 §4, 05 §5, §7",
     ),
     "MCC": Equation(
         "MCC",

@@ -16,6 +16,7 @@ from ssepa_lib.workbook.figures.heads import (
     head_colours,
     plot_claim,
     plot_head_atlas,
+    plot_head_average,
     plot_number_against_miou,
 )
 from ssepa_lib.workbook.figures.images import (
@@ -95,6 +96,7 @@ __all__ = [
     "plot_mask_grid",
     "plot_memory_bars",
     "plot_part_shares",
+    "plot_head_average",
     "plot_number_against_miou",
     "plot_parts",
     "plot_ranked",

@@ -91,6 +91,33 @@ def plot_number_against_miou(table: pd.DataFrame, numbers: Mapping[str, str]) ->
     return axes
 
 
+def plot_head_average(table: pd.DataFrame, heads: int) -> np.ndarray:
+    """What is lost and won by averaging the heads of a layer: their similarity, and how far noise moves a
+    map.
+
+    Args:
+        table: from `attention_study.head_average`.
+        heads: H; the dotted line is what averaging H equal heads would leave of a single head's change.
+
+    Returns:
+        axes: the similarity, and the relative changes.
+    """
+    axes = plt.subplots(1, 2, figsize=(10.5, 3.2))[1]
+    axes[0].plot(table["layer"], table["similarity"], "o-", color="C0")
+    axes[0].set(ylabel="cosine similarity of two heads", ylim=(0, 1.05))
+    lines = {"single_head": "one head alone", "mean_all_noisy": "mean, noise in all heads"}
+    lines |= {"mean_one_noisy": "mean, noise in one head"}
+    for i, (column, label) in enumerate(lines.items()):
+        axes[1].plot(table["layer"], 100 * table[column], "o-", color=f"C{i}", label=label)
+    bound = 100 * table["single_head"] / heads**0.5
+    axes[1].plot(table["layer"], bound, ":", color="black", label="one head alone / √H")
+    axes[1].set(ylabel="change of the refined map, %", ylim=(0, None))
+    axes[1].legend(**BESIDE)
+    for ax in axes:
+        ax.set_xlabel("layer (0 = first)")
+    return axes
+
+
 def plot_claim(deep: pd.DataFrame, runs: Mapping[str, str]) -> np.ndarray:
     """Deep layers of several runs, seed by seed: a line joins the runs of one seed.
 

@@ -1,11 +1,18 @@
-"""Numbers about every head over a dataset with masks, what averaging heads blurs, and attention rollout."""
+"""Numbers about every head over a dataset, what averaging heads blurs and steadies, and attention rollout."""
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from ssepa_lib.data import IGNORE, SegmentationDataset
-from ssepa_lib.evaluation.attention import deep_summary, head_disagreement, layer_maps, object_share
+from ssepa_lib.evaluation.attention import (
+    deep_summary,
+    head_disagreement,
+    head_similarity,
+    layer_maps,
+    noise_robustness,
+    object_share,
+)
 from ssepa_lib.evaluation.maps import patch_ids
 from ssepa_lib.model import Attention, Network
 from ssepa_lib.recipe import Recipe
@@ -24,6 +31,39 @@ def head_blur(network: Network, recipe: Recipe, dataset: SegmentationDataset) ->
         for layer in range(attention.depth):
             total[layer] += head_disagreement(next(layer_maps(attention, layer))).cpu()
     return pd.Series((total / len(dataset)).tolist(), name="head disagreement, nats")
+
+
+@torch.no_grad()
+def head_average(
+    network: Network, recipe: Recipe, dataset: SegmentationDataset, size: float = 0.2, seed: int = 0
+) -> pd.DataFrame:
+    """How alike the heads of every layer are, and how far noise moves the map that they refine.
+
+    The map is the CAM of the classes that an image shows; images without a class are left out.
+
+    Args:
+        size: of the noise; see `noise_robustness`.
+        seed: of the noise.
+
+    Returns:
+        One row per layer, median over the images: layer, `similarity` (see `head_similarity`) and the columns
+        of `relative_changes`.
+    """
+    side, device = recipe.data.eval_size or recipe.data.crop, network.classifier.weight.device
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(len(dataset)):
+        pixels, labels, _ = samples(dataset, [index], side)
+        if not labels[0].any():
+            continue
+        output = network(pixels.to(device), segment=False, capture=True)
+        cam = output.cam[0, labels[0].bool().to(device)].relu().flatten(1).T  # [N, C present]
+        first = output.attention.num_prefix_tokens
+        for layer in range(output.attention.depth):
+            logits = output.attention.layer_map(layer, probabilities=False)[0]  # [H, T, T]
+            moved = noise_robustness(logits, cam, size, num_prefix_tokens=first, generator=draw)
+            rows.append({"layer": layer, "similarity": float(head_similarity(logits.softmax(-1)))} | moved)
+    return pd.DataFrame(rows).groupby("layer", as_index=False).median()
 
 
 @torch.no_grad()
