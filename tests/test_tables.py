@@ -104,6 +104,35 @@ def test_a_mean_over_seeds_is_over_the_same_images(tmp_path):
     assert row["val"] == "60.0 ± 14.1" and "val 100 images" in row["setting"] and "2 seeds" in row["setting"]
 
 
+def at_native_size(path, value):
+    """The content of a metrics.json with the same result at the native size of the images."""
+    content = json.loads(path.read_text())
+    other = {"setting": content["val"]["setting"] | {"size": 0}, "miou": {"segmentation": value}}
+    return content | {"val (native size)": content["val"] | other}
+
+
+def test_of_two_sizes_the_recipes_own_counts(tmp_path):
+    write_run(tmp_path, "ssepa-seed0", "ssepa", 0, {"segmentation": 50.0}, splits=["val"])
+    path = tmp_path / "voc" / "ssepa-seed0" / "metrics.json"
+    content = at_native_size(path, 90.0)
+    for order in (content, dict(reversed(content.items()))):
+        path.write_text(json.dumps(order))
+        assert tables.collect_runs(tmp_path)["segmentation"].tolist() == [50]
+        assert sorted(tables.collect_runs(tmp_path, every=True)["segmentation"]) == [50, 90]
+
+
+def test_a_mean_over_seeds_is_at_one_size(tmp_path):
+    for seed in range(3):
+        values = {"segmentation": 50.0 + 20 * seed}
+        write_run(tmp_path, f"ssepa-seed{seed}", "ssepa", seed, values, splits=["val"])
+    path = tmp_path / "voc" / "ssepa-seed0" / "metrics.json"
+    content = at_native_size(path, 10.0)
+    del content["val"]
+    path.write_text(json.dumps(content))
+    row = published.table_2(tables.collect_runs(tmp_path)).iloc[-1]
+    assert row["val"] == "80.0 ± 14.1" and "448²" in row["setting"] and "2 seeds" in row["setting"]
+
+
 def test_summary_is_mean_and_sample_deviation(runs):
     table = tables.summary(runs[runs.split == "val"], ["method"], ["segmentation"]).set_index("method")
     assert table.loc["toco", "segmentation"] == 55 and table.loc["toco", "segmentation_sd"] == 5

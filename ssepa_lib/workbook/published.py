@@ -153,14 +153,12 @@ class _Cell:
 def _cell(runs: pd.DataFrame, split: str, output: str) -> _Cell | None:
     """One output on one split; None where no run has it.
 
-    Runs on fewer images than another are left out: a mean over seeds is over the same images.
+    A mean is over the same images at one size: runs on fewer images, or at another size than most, are out.
     """
-    if output not in runs:
-        return None
-    runs = runs[(runs["split"] == split) & runs[output].notna()]
-    if runs.empty:
+    if output not in runs or (runs := runs[(runs["split"] == split) & runs[output].notna()]).empty:
         return None
     runs = runs[runs["images"] == runs["images"].max()]
+    runs = runs[runs["size"] == runs["size"].mode()[0]]
     mean = summary(runs, ["method"], [output]).iloc[0]
     text = plus_minus(mean[output], mean[f"{output}_sd"])
     setting = runs.iloc[0]["settings"]

@@ -23,8 +23,15 @@ def result_row(run: str, preset: str, variant: str, result: dict) -> dict:
     return row | {"settings": setting}
 
 
+def _rank(named: tuple[str, dict]) -> tuple[int, bool]:
+    """How much a result by its name counts: its images, then whether its size is the recipe's own."""
+    name, setting = named[0], named[1]["setting"]
+    return setting["images"], name == setting["split"]
+
+
 def collect_runs(folder: Path | str, *, every: bool = False) -> pd.DataFrame:
-    """Every evaluated run below a folder, one row per run and split: the result on the most images.
+    """Every evaluated run below a folder, one row per run and split: the result on the most images, and of
+    several at that, the one at the recipe's own size.
 
     A run whose metrics cannot be read is left out; a line on standard error names it.
 
@@ -41,7 +48,7 @@ def collect_runs(folder: Path | str, *, every: bool = False) -> pd.DataFrame:
     for problem in problems:
         print(problem, file=sys.stderr)
     for run, stored in found.items():
-        results = sorted(stored.values(), key=lambda r: r["setting"]["images"])
+        results = [result for _, result in sorted(stored.items(), key=_rank)]
         most = {result["setting"]["split"]: result for result in results}
         for result in results if every else most.values():
             setting = result["setting"]
