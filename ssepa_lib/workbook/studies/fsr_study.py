@@ -1,8 +1,8 @@
 """FSR's ablations: what its paper says, and what was measured on photographs, on built-in images and live.
 
 The paper's numbers are not among our sources, only its statements; ours are committed (`results/fsr_arms`,
-`results/shapes_reference`, and for the two terms `results/voc_mini`) or come from the arms that a notebook
-trains (`ablations.FSR_ARMS`).
+`results/shapes_reference`, and for the two terms `results/slow_classifiers`) or come from the arms that a
+notebook trains (`ablations.FSR_ARMS`).
 """
 
 from collections.abc import Mapping
@@ -81,7 +81,7 @@ def committed_arms() -> dict[str, pd.DataFrame]:
     What was trained together has the same `preset`.
     """
     photos = committed_runs("fsr_arms", variants=True).merge(_arm_names(), on="variant")
-    earlier = committed("voc_mini/runs.csv").query("split == 'val'")
+    earlier = committed("slow_classifiers/runs.csv").query("split == 'val'")
     earlier = earlier.assign(preset="voc_mini", question="terms", arm=earlier["method"].map(_TERMS))
     built_in = committed("shapes_reference/fsr_arms.csv")
     named = [
