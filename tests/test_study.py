@@ -129,7 +129,7 @@ def test_opening_a_run(study_runs):
     network, recipe = study.open_run("shapes", "toco", 1, device="cpu", steps=2)
     assert recipe.train.seed == 1 and not network.training
     assert study.has_run("shapes", "toco", 1) and not study.has_run("shapes", "toco:other", 1)
-    with pytest.raises(UserError, match="fsr-cer-only-seed0; .*study shapes fsr --arms 'terms' --seeds 0\\)"):
+    with pytest.raises(UserError, match="fsr-cer-only-seed0; .*study shapes fsr --arms terms --seeds 0\\)"):
         study.open_run("shapes", "fsr:cer-only", device="cpu")
     with pytest.raises(UserError, match="fsr-seed0; run notebook 03_training"):
         study.open_run("shapes", "fsr", device="cpu")

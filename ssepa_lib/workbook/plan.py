@@ -6,7 +6,6 @@ speed that whole training steps have reached on an x86 core, or by a share of th
 multiplies matrices. Such an estimate may be wrong by a factor of three; it tells minutes from days.
 """
 
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from ssepa_lib.training.history import history_rows
 from ssepa_lib.training.run import RunFolder, find_finished
 from ssepa_lib.workbook.ablations import FSR_ARMS
 from ssepa_lib.workbook.queue import Job
-from ssepa_lib.workbook.study import study_jobs
+from ssepa_lib.workbook.study import study_command, study_jobs
 
 LONG = 30 * 60  # seconds of training from which a call of the notebooks has to be confirmed
 FULL = 12 * 3600  # seconds from which a run without a GPU has to be confirmed
@@ -234,11 +233,10 @@ def missing_runs(
     """
     options = {"steps": steps, "device": device, "run_name": run_name, "changes": changes}
     jobs = study_jobs(preset, methods, seeds, splits={}, arms=FSR_ARMS[arms] if arms else None, **options)
-    words = ["study", preset, *methods, *(["--arms", arms] if arms else []), "--seeds", *map(str, seeds)]
-    words += ["--steps", str(steps)] if steps else []
-    words += ["--run-name", run_name] if run_name else []
-    words += [word for name, value in (changes or {}).items() for word in ("--set", f"{name}={value}")]
-    return remedy(list(jobs.values()), f"python -m ssepa_lib {shlex.join(words)}")
+    command = study_command(
+        preset, methods, seeds, arms=arms, steps=steps, run_name=run_name, changes=changes
+    )
+    return remedy(list(jobs.values()), command)
 
 
 def confirm(planned: Sequence[Planned], yes: bool, limit: float = float("inf")) -> None:

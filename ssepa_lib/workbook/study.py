@@ -2,6 +2,7 @@
 
 import itertools
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -114,9 +115,8 @@ def open_run(
         for question, arms in FSR_ARMS.items() if method == "fsr" else ():
             for arm in (folder_name(arm) for arm, own in arms.items() if own):
                 if run_name == arm or run_name.endswith(f"-{arm}"):
-                    rest = run_name.removesuffix(arm).strip("-")
-                    command = f"python -m ssepa_lib study {preset} fsr --arms '{question}' --seeds {seed}"
-                    command += f" --run-name {rest}" * bool(rest) + f" --steps {steps}" * bool(steps)
+                    options = {"steps": steps, "run_name": run_name.removesuffix(arm).strip("-")}
+                    command = study_command(preset, ["fsr"], [seed], arms=question, **options)
                     raise UserError(f"there is no finished run in {folder.path}; train it first ({command}).")
         raise UserError(
             f"there is no finished run in {folder.path}; run notebook 03_training first ({command})."
@@ -128,6 +128,24 @@ def open_run(
             f"{folder.path} holds a run of {found} steps, not {steps}; set steps={found} or another run_name."
         )
     return network, recipe
+
+
+def study_command(
+    preset: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    arms: str = "",
+    steps: int = 0,
+    run_name: str = "",
+    changes: Mapping[str, Any] | None = None,
+) -> str:
+    """What a user types to train the runs of `study_jobs`; `arms` is a key of FSR_ARMS."""
+    words = ["study", preset, *methods, *(["--arms", arms] if arms else []), "--seeds", *map(str, seeds)]
+    words += ["--steps", str(steps)] if steps else []
+    words += ["--run-name", run_name] if run_name else []
+    words += [word for name, value in (changes or {}).items() for word in ("--set", f"{name}={value}")]
+    return f"python -m ssepa_lib {shlex.join(words)}"
 
 
 def tour(
