@@ -252,8 +252,9 @@ def tables(
     folder = folder or results_root() / plain_name("preset", preset)
     if not folder.is_dir():
         load_recipe(f"{preset}/toco")  # names an unknown preset
+    from ssepa_lib.evaluation import heading
     from ssepa_lib.workbook import published
-    from ssepa_lib.workbook.run_tables import FINAL, heading, reading_order, stored_runs_text
+    from ssepa_lib.workbook.run_tables import FINAL, reading_order, stored_runs_text
     from ssepa_lib.workbook.studies import fsr_study
     from ssepa_lib.workbook.tables import collect_runs, to_markdown
 

@@ -70,7 +70,7 @@ def test_curves_are_averaged_over_the_seeds_that_have_one(tmp_path):
     assert table["method"].tolist() == ["toco", "toco"] and table["seeds"].tolist() == ["1, 3", "1, 3"]
     assert table["step"].tolist() == [0, 20] and table["cam"].tolist() == [2, 22]
     axes = plot_score_curves(table)
-    assert [ax.get_title() for ax in axes] == ["CAM", "pseudo-label", "segmentation, one scale"]
+    assert [ax.get_title() for ax in axes] == ["CAM", "pseudo-label", "segmentation"]
     assert axes[0].lines[0].get_ydata().tolist() == [2, 22]
     assert mean_curves({"toco": [tmp_path / "none"]}).empty
 

@@ -16,6 +16,7 @@ from ssepa_lib.evaluation.results import (
     column_names,
     describe_setting,
     describe_settings,
+    heading,
     read_results,
 )
 from ssepa_lib.evaluation.submission import export_submission, validate_submission
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate_run",
     "export_pseudo_labels",
     "export_submission",
+    "heading",
     "infer",
     "predict_folder",
     "read_results",

@@ -24,6 +24,16 @@ OUTPUTS = (*MAPS, "pseudo_label", "segmentation")
 TEST_TIME = {"single": "", "ms": "_ms", "ms_crf": "_ms_crf"}  # mode → what it adds to an output's name
 MEASURES = ("miou", "precision", "recall", "boundary_iou")  # one number per column, percent
 
+_WORDS = {
+    "cam": "CAM",
+    "aux_cam": "auxiliary CAM",
+    "refined_cam": "refined CAM",
+    "pseudo_label": "pseudo-label",
+    "mean_average_precision": "mAP",
+    "boundary_iou": "boundary IoU",
+}  # of an output or a measure; others are called what they are
+_MODES = {"single": "", "ms": ", MS", "ms_crf": ", MS + CRF"}
+
 _RESULT = {"setting", *MEASURES, "per_class", "threshold_curve", "mean_average_precision"}
 _SETTING = {
     **dict.fromkeys(("data", "split", "method", "backbone"), str),
@@ -54,6 +64,15 @@ def column_names(outputs: Sequence[str], test_time: Sequence[str]) -> list[str]:
         for output in outputs
         if not (mode == "ms_crf" and output in MAPS)
     ]
+
+
+def heading(column: str) -> str:
+    """A column in words, as tables and figures have it: `segmentation, MS + CRF`; `pseudo-label, recall`."""
+    name, _, measure = column.partition(" ")
+    output, mode = split_column(name)
+    return (
+        _WORDS.get(output, output) + _MODES[mode] + (f", {_WORDS.get(measure, measure)}" if measure else "")
+    )
 
 
 def split_column(column: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ssepa_lib.data.images import UNREADABLE
 from ssepa_lib.evaluation.provenance import commit
-from ssepa_lib.evaluation.results import describe_size, read_all_results
+from ssepa_lib.evaluation.results import OUTPUTS, describe_size, heading, read_all_results
 from ssepa_lib.files import write_text
 from ssepa_lib.workbook import exhibits
 from ssepa_lib.workbook.figures.style import method_name
@@ -22,13 +22,7 @@ from ssepa_lib.workbook.lesson import words_page
 from ssepa_lib.workbook.report_page import linked, markdown, notebook_page, page, takeaways_of, title_of
 
 UNFINISHED = ".unfinished"  # in the name of a copy whose notebook failed or was interrupted
-HEADLINE = {
-    "cam": "CAM",
-    "aux_cam": "auxiliary CAM",
-    "refined_cam": "refined CAM",
-    "pseudo_label": "pseudo-label",
-    "segmentation": "segmentation",
-}  # output in metrics.json → column
+HEADLINE = {output: heading(output) for output in OUTPUTS}  # output in metrics.json → column
 QUESTION = "How much of an object can a network find when it is only told that it is there?"
 ARGUMENT = {  # the figures that carry the argument, in the order of preference, and what they show
     "04_cams": "Maps of some validation images beside the ground truth: plain, and in refined forms.",

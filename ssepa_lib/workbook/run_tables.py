@@ -11,12 +11,13 @@ import pandas as pd
 
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.results import (
+    MEASURES,
     OUTPUTS,
     TEST_TIME,
     column_names,
     describe_settings,
     describe_size,
-    split_column,
+    heading,
 )
 from ssepa_lib.files import write_csv, write_text
 from ssepa_lib.workbook.ablations import ALSO, BASE, COMPARED, base_of
@@ -28,9 +29,6 @@ from ssepa_lib.workbook.tables import collect_runs, plus_minus_columns, require_
 SHOWN = ("cam", "refined_cam", "pseudo_label", "segmentation")
 FINAL = ("pseudo_label", "segmentation")
 SCORE = "mean_average_precision"
-_WORDS = {"cam": "CAM", "refined_cam": "refined CAM", "pseudo_label": "pseudo-label", SCORE: "mAP"}
-_MODES = {"single": "", "ms": ", MS", "ms_crf": ", MS + CRF"}  # test-time mode → what it adds to a heading
-_MEASURES = {"precision": "precision", "recall": "recall", "boundary_iou": "boundary IoU"}
 
 
 def run_tables(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> dict[str, pd.DataFrame]:
@@ -56,7 +54,7 @@ def run_tables(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> dict[str
         where = f"{split}, {images} images, {describe_size(size)}, {steps} steps of {batch}"
         where = f"{preset}, {where}" if several_presets else where
         single, scored = _measured(rows, SHOWN), _measured(rows, (*SHOWN, SCORE))
-        further = _measured(rows, [f"{name} {kind}" for name in FINAL for kind in _MEASURES])
+        further = _measured(rows, [f"{name} {kind}" for name in FINAL for kind in MEASURES[1:]])
         modes = _measured(rows, [name + mode for name in FINAL for mode in TEST_TIME.values()])
         several = len(modes) > len(_measured(rows, FINAL))
         parts = {
@@ -74,13 +72,6 @@ def run_tables(runs: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> dict[str
 def _measured(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     """Those of the columns that hold a number."""
     return [name for name in columns if name in rows and rows[name].notna().any()]
-
-
-def heading(column: str) -> str:
-    """A column in words: `segmentation, MS + CRF`, `pseudo-label, recall`."""
-    name, _, measure = column.partition(" ")
-    output, mode = split_column(name)
-    return _WORDS.get(output, output) + _MODES[mode] + (f", {_MEASURES[measure]}" if measure else "")
 
 
 def _means(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

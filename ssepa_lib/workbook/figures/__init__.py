@@ -59,11 +59,10 @@ from ssepa_lib.workbook.figures.parts import (
     plot_ranked,
 )
 from ssepa_lib.workbook.figures.scores import plot_class_scores, plot_memory_bars, plot_runs
-from ssepa_lib.workbook.figures.style import LANDMARKS, OUTPUT_NAMES, method_name, save_figure, use_style
+from ssepa_lib.workbook.figures.style import LANDMARKS, method_name, save_figure, use_style
 
 __all__ = [
     "LANDMARKS",
-    "OUTPUT_NAMES",
     "mark_references",
     "method_name",
     "plot_affinity_row",

@@ -9,8 +9,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
+from ssepa_lib.evaluation import OUTPUTS, heading
 from ssepa_lib.training.history import history_rows
-from ssepa_lib.workbook.figures.style import BESIDE, OUTPUT_NAMES, own_axes
+from ssepa_lib.workbook.figures.style import BESIDE, own_axes
 
 SCORED = ("toco", "ssepa", "ssepa_plus", "fsr+ssepa_plus", "mcc", "afa", "fsr")  # one colour in every figure
 TERM_NAMES = {
@@ -91,7 +92,7 @@ def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
     Returns:
         Axes of the panels.
     """
-    outputs = [name for name in OUTPUT_NAMES if name in curves and curves[name].notna().any()]
+    outputs = [name for name in OUTPUTS if name in curves and curves[name].notna().any()]
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys((*SCORED, *curves["method"])))}
     figure, axes = plt.subplots(
         1, len(outputs), figsize=(2.6 * len(outputs), 2.8), sharey=True, squeeze=False
@@ -100,7 +101,7 @@ def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
         for method, rows in curves.groupby("method", sort=False):
             shown = rows.dropna(subset=[output])
             ax.plot(shown["step"], shown[output], "o-", color=colours[method], label=method, lw=1.4, ms=3)
-        ax.set(title=OUTPUT_NAMES[output], xlabel="step")
+        ax.set(title=heading(output), xlabel="step")
     axes[0, 0].set_ylabel("mIoU, %")
     entries = axes[0, 0].get_legend_handles_labels()
     figure.legend(*entries, loc="outside lower center", ncols=4)
@@ -121,7 +122,7 @@ def plot_threshold_curve(
         curve = result["threshold_curve"]
         for output, style in zip(outputs, ("--", "-", ":"), strict=False):
             if output in curve:
-                label = f"{run}: {OUTPUT_NAMES[output]}"
+                label = f"{run}: {heading(output)}"
                 ax.plot(curve["thresholds"], curve[output], style, color=f"C{i}", label=label)
                 best = int(np.argmax(curve[output]))
                 ax.plot(curve["thresholds"][best], curve[output][best], "o", color=f"C{i}")

@@ -7,7 +7,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from ssepa_lib.workbook.figures.style import BESIDE, OUTPUT_NAMES, method_name, own_axes
+from ssepa_lib.evaluation import heading
+from ssepa_lib.workbook.figures.style import BESIDE, method_name, own_axes
 from ssepa_lib.workbook.published import STRATEGIES, table_4
 
 
@@ -28,7 +29,7 @@ def plot_runs(runs: pd.DataFrame, outputs: Sequence[str], ax: Axes | None = None
     sns.barplot(long, errorbar=None, alpha=0.75, **common)
     dots = {"size": 3.5, "color": "black", "jitter": 0.05, "palette": "dark:black"}
     sns.stripplot(long, dodge=True, legend=False, **dots, **common)
-    ax.set_xticks(range(len(order)), [OUTPUT_NAMES[output].replace(", ", ",\n") for output in order])
+    ax.set_xticks(range(len(order)), [heading(output).replace(", ", ",\n") for output in order])
     ax.set(xlabel="", ylabel="mIoU, %")
     sns.move_legend(ax, **BESIDE, title="bar: mean, dot: one seed")
     return ax
@@ -47,7 +48,7 @@ def plot_class_scores(results: Mapping[str, dict], output: str, ax: Axes | None 
     for run, marker in zip(table.columns, "os^Dv" * len(table.columns), strict=False):
         ax.plot(table[run], range(len(table)), marker, label=run, markersize=5, alpha=0.85)
     ax.set_yticks(range(len(table)), table.index)
-    ax.set(xlabel=f"IoU of {OUTPUT_NAMES[output]}, %", xlim=(0, 100), ylim=(-0.7, len(table) - 0.3))
+    ax.set(xlabel=f"IoU of {heading(output)}, %", xlim=(0, 100), ylim=(-0.7, len(table) - 0.3))
     ax.legend(**BESIDE)
     return ax
 

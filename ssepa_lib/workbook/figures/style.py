@@ -13,20 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 from ssepa_lib.compose import method_title
 from ssepa_lib.files import write_atomically
 
-OUTPUT_NAMES = {
-    "cam": "CAM",
-    "aux_cam": "auxiliary CAM",
-    "refined_cam": "refined CAM",
-    "pseudo_label": "pseudo-label",
-    "cam_ms": "CAM, MS",
-    "aux_cam_ms": "auxiliary CAM, MS",
-    "refined_cam_ms": "refined CAM, MS",
-    "pseudo_label_ms": "pseudo-label, MS",
-    "pseudo_label_ms_crf": "pseudo-label, MS + CRF",
-    "segmentation": "segmentation, one scale",
-    "segmentation_ms": "segmentation, MS",
-    "segmentation_ms_crf": "segmentation, MS + CRF",
-}  # output in metrics.json → what a figure or a table calls it
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend to the right of its axes
 CLASS_COLOURS = (
     "#e69f00",
