@@ -90,7 +90,7 @@ def study(
         splits: Splits to score.
         steps: Length of each run; 0: what the recipe says.
         size: Side to which images are resized for scoring, as in evaluate.
-        run_name: Added to the names of the folders.
+        run_name: Added to the names of the folders and tables; a later study of the name replaces the tables.
         curve: How often to score a run while it is trained, on 100 images of the first split; 0: never.
         arms: Train FSR's arms too: terms, mask ratio, selection, aggregation, augmentation or views.
         processes: Worker processes; by default one per GPU, without a GPU one per CPU core.

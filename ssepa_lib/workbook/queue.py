@@ -136,7 +136,7 @@ def run_jobs(jobs: Sequence[Job], report: Report, processes: int = 1) -> list[Ou
         Their outcomes, in order.
 
     Raises:
-        UserError: jobs have failed; the sentence is that of the first, and says how many there are.
+        UserError: jobs have failed; the sentence is that of the first, and counts them and the finished ones.
     """
     agenda = _Agenda(jobs, report)
     processes = min(processes, len(set(agenda.hashes)))
@@ -151,7 +151,9 @@ def run_jobs(jobs: Sequence[Job], report: Report, processes: int = 1) -> list[Ou
         with _workers(processes, jobs[0].recipe.train.device) as workers:
             _hand_out(jobs, agenda, workers)
     if agenda.failures:
-        more = f" ({len(agenda.failures)} of {len(jobs)} runs failed.)" if len(agenda.failures) > 1 else ""
+        failed, done = len(agenda.failures), len(agenda.outcomes)
+        more = f" ({failed} of {len(jobs)} runs failed.)" if failed > 1 else ""
+        more += f" The other {done} are finished; `tables runs` shows them." if done else ""
         raise UserError(f"{next(iter(agenda.failures.values()))}{more}")
     return [agenda.outcomes[index] for index in range(len(jobs))]
 
