@@ -145,7 +145,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-FLOATS = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+_POWER_OF_TEN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+FLOATS = ("tag:yaml.org,2002:float", _POWER_OF_TEN, list("-+.0123456789"))
 _Loader.add_implicit_resolver(*FLOATS)
 
 

@@ -51,6 +51,11 @@ _FOREIGN_ARGS = (  # which timm would take for itself, or the recipe says elsewh
     "hf_",
     "num_classes",
     "drop_path",
+    "drop_rate",
+    "proj_drop",
+    "attn_drop",
+    "pos_drop",
+    "patch_drop",
     "dynamic_img",
     "features_only",
     "kwargs",
@@ -137,7 +142,7 @@ class ModelConfig(Section, key="model"):
     """Keep the backbone as it is and train classifiers, decoder and HAAF alone."""
     cache_gb: Annotated[float, Field(ge=0, le=10_000), NotTrained] = 3.0
     """Memory for the features of a frozen backbone on the views of data.fixed_views, in GB; 0: none. Features
-    are kept in half precision."""
+    are rounded to half precision whether they are kept or not."""
 
     def __post_init__(self) -> None:
         self._check_backbone_args()

@@ -306,7 +306,7 @@ def gpu(
 ) -> int:
     """Check, measure and train on a GPU within a few minutes; writes one JSON, a table and figures.
 
-    Example: python -m ssepa_lib gpu --out results/gpu --minutes 5
+    Example: python -m ssepa_lib gpu --out results/my_gpu --minutes 5
 
     Args:
         out: For the results.

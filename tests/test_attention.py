@@ -141,6 +141,8 @@ def test_class_attention_of_backbone_and_aggregator():
     torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 2))
     with pytest.raises(UserError, match="model.aggregator"):
         class_attention(network("gap"), image)
+    with pytest.raises(UserError, match="model.aggregator"):  # the token is there, but no score depends on it
+        class_attention(network("gap", **{"model.keep_class_token": True}), image)
 
 
 def test_similarity_of_equal_opposite_and_mixed_heads():

@@ -72,6 +72,9 @@ def test_the_interval_of_equal_images_is_a_point_and_holds_the_score_of_others()
     low, high = bootstrap_interval(mixed, seed=1)
     assert low < miou_of(mixed.sum(0)) < high and bootstrap_interval(mixed, seed=1) == (low, high)
     assert bootstrap_interval(mixed, level=0.5)[1] < high
+    drawn = torch.randint(10, (1000, 10), generator=torch.Generator().manual_seed(1))
+    ends = miou_of(mixed[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
+    assert (low, high) == pytest.approx(tuple(ends.tolist()))
     assert miou_of(wrong[0]) == pytest.approx(25) and not math.isnan(low)
 
 

@@ -146,13 +146,6 @@ def test_learning_curves_skip_terms_a_run_lacks(tmp_path):
     assert smooth.lines[0].get_ydata().tolist() == [3, 2.5, 1.5]
 
 
-def test_threshold_curve_marks_the_best():
-    curve = {"thresholds": [0.1, 0.2, 0.3], "cam": [10.0, 30.0, 20.0]}
-    ax = figures.plot_threshold_curve({"run": {"threshold_curve": curve}})
-    assert legend_texts(ax) == ["run: CAM"]
-    assert (ax.lines[1].get_xdata()[0], ax.lines[1].get_ydata()[0]) == (0.2, 30)
-
-
 def test_attention_strip_shows_every_head():
     rows = [(layer, head, layer + head, 1.0, 0.1) for layer in range(3) for head in range(2)]
     table = pd.DataFrame(rows, columns=["layer", "head", "entropy", "distance", "class_mass"])

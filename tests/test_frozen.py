@@ -162,7 +162,22 @@ def test_settings_that_train_the_backbone_are_refused(setting, value):
         load_recipe("voc/ssepa_plus+frozen", {setting: value})
 
 
-def test_no_memory_and_new_views_need_no_cache(tiny):
-    for change in ({"model.cache_gb": 0}, {"data.fixed_views": 0}):
-        trainer = Trainer(tiny("ssepa+frozen", **change), CLASSES, torch.device("cpu"))
-        assert trainer.network.backbone.cache is None
+def test_new_views_need_no_cache(tiny):
+    trainer = Trainer(tiny("ssepa+frozen", **{"data.fixed_views": 0}), CLASSES, torch.device("cpu"))
+    assert trainer.network.backbone.cache is None
+
+
+def test_the_memory_changes_no_result(tiny, trainer_for):
+    """Nothing is kept, or everything: the features and what is learnt from them are equal bit for bit."""
+    features, learnt = [], []
+    for change in ({}, {"model.cache_gb": 0}):
+        trainer, batches = trainer_for(tiny("ssepa_plus+frozen", **STEPS, **change))
+        for batch in batches:
+            trainer.step(batch)
+        backbone = trainer.network.backbone
+        assert (backbone.cache.found == 0) == (backbone.cache.used == 0) == bool(change)
+        output = backbone(batch.image, capture=True)
+        features.append([output.patches, output.aux, output.cls, *output.attention.queries])
+        learnt.append(list(trainer.network.state_dict().values()))
+    for one, two in (features, learnt):
+        assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -35,6 +37,15 @@ def test_measured_maps_agree_with_the_evaluation(trained):
         [first["head"], first["body"], first["ground"]]
     ]
     assert list(map_study.wide(table, "iou").columns) == ["CAM", "uniform"]
+
+
+def test_maps_are_measured_at_native_size_too(trained):
+    """The built-in scenes are not square."""
+    network, recipe, dataset = trained
+    native = replace(recipe, data=replace(recipe.data, eval_size=0))
+    table, _ = map_study.measure_maps(network, native, dataset, {"CAM": None})
+    sums = table[["head", "body", "ground"]].sum(axis=1)
+    assert len(table) and ((sums - 1).abs() < 1e-4).all()
 
 
 def test_the_oracle_is_perfect_where_the_map_is_highest_on_the_object(trained, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,8 +18,10 @@ from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.linear_probe import frozen_tokens, linear_maps, map_correlation, with_class
 from ssepa_lib.labels import build_refiner
 from ssepa_lib.model import build_network
-from ssepa_lib.workbook import figures, own_images, upload
+from ssepa_lib.workbook import figures, own_images, plan, upload
 from ssepa_lib.workbook.example_images import example_folder
+from ssepa_lib.workbook.notebooks import discover
+from ssepa_lib.workbook.runner import run_workbook
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,69 @@ def test_two_images_per_class_without_masks_are_enough(example, tmp_path):
         network, recipe, torch.rand(2, 3, 32, 32), build_refiner(recipe.affinity, network)
     )
     assert maps.shape == (2, len(network.classes), 32, 32) and 0 <= maps.min() <= maps.max() <= 1
+
+
+def test_a_long_run_has_the_checkpoints_of_its_preset(tmp_path):
+    for preset, every in (("shapes", 50), ("voc_mini", 100), ("voc", 500)):
+        recipe = own_images.own_recipe(preset, "toco", tmp_path, steps=20_000)
+        assert (recipe.train.steps, recipe.train.save_every) == (20_000, every)
+
+
+@pytest.fixture
+def notebook(example, tmp_path, monkeypatch):
+    """Notebook 08 with an empty folder of results, and its parameters on the example."""
+    monkeypatch.setenv("SSEPA_RESULTS", str(tmp_path / "results"))
+    (found,) = (each for each in discover() if each.name == "08_your_images")
+    return found, found.parameters | {"folder": str(example)}
+
+
+def test_the_planned_run_is_that_of_the_notebook(notebook, monkeypatch):
+    """Its own cells make the recipe and name the folder of the run."""
+    found, parameters = notebook
+    (job,) = own_images.own_jobs(parameters)
+    cells = [cell.source for cell in nbformat.read(found.path, 4).cells if cell.cell_type == "code"]
+    names, trained = {}, []
+
+    def stop(recipe, folder, on_step):
+        trained.append((recipe, folder))
+        raise InterruptedError
+
+    monkeypatch.setattr(own_images, "train", stop)
+    for start in ("import matplotlib", "figures.use_style()", "copy = adopt(", "network, recipe, run ="):
+        (source,) = (cell for cell in cells if cell.startswith(start))
+        names |= parameters if not names else {}
+        try:
+            exec(source, names)
+        except InterruptedError:
+            break
+    assert trained == [(job.recipe, job.folder)]
+
+
+def test_a_finished_run_on_a_folder_is_not_planned_again(notebook):
+    small = {key: value for key, value in TINY.items() if key.split(".")[0] != "train"}
+    parameters = notebook[1] | {"steps": 2, "device": "cpu", "overrides": small}
+    (job,) = own_images.own_jobs(parameters)
+    assert plan.plan([job])[0].source == "estimated"
+    own_images.train_on(job.recipe, job.folder.parent)
+    assert plan.plan(own_images.own_jobs(parameters))[0].source == "finished"
+
+
+def test_what_cannot_be_learnt_from_is_left_to_the_notebook(notebook, tmp_path):
+    assert own_images.own_jobs(notebook[1] | {"folder": str(tmp_path)}) == []
+    with pytest.raises(UserError, match="there is no method 'tocoo'"):
+        own_images.own_jobs(notebook[1] | {"method": "tocoo"})
+
+
+def test_a_long_run_on_a_folder_has_to_be_confirmed(notebook, example, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("ssepa_lib.workbook.runner._run_all", lambda *_: started.append("ran") or {})
+    monkeypatch.setattr(plan, "seconds_per_step", lambda recipe, cost: 1.0)
+    long = {"folder": str(example), "steps": 20_000}
+    with pytest.raises(UserError, match="training would take about 5.6 h; add --yes"):
+        run_workbook(only=["08"], parameters=long)
+    assert not started and "20000 steps of 4, seed 0" in capsys.readouterr().out
+    assert run_workbook(only=["08"], parameters=long, yes=True) == 0
+    assert run_workbook(only=["08"], parameters={"folder": str(example)}) == 0 and len(started) == 2
 
 
 def test_the_decision_table_orders_what_can_be_set_by_time():

@@ -9,6 +9,7 @@ from ssepa_lib.data import measured_split
 from ssepa_lib.evaluation import evaluate
 from ssepa_lib.readers import read_table
 from ssepa_lib.training import load_run, train
+from ssepa_lib.workbook.studies.haaf_study import uniform_refiner
 from ssepa_lib.workbook.studies.readings import BALANCED, readings
 
 
@@ -42,3 +43,12 @@ def test_the_balanced_reading_is_the_recipe_of_ssepa_plus(tiny):
     assert {name: getattr(recipe.affinity, name) for name in BALANCED} == BALANCED
     read = readings(recipe, haaf=True)["HAAF, balanced, up to 3 iterations"]
     assert replace(read.affinity, haaf_objective=recipe.affinity.haaf_objective) == recipe.affinity
+
+
+def test_runs_with_a_prior_or_with_logits_are_read_too(tiny):
+    prior = tiny("ssepa", **{"affinity.haaf_prior": 0.1})
+    assert {read.affinity.haaf_prior for read in readings(prior, haaf=True).values()} == {0}
+    logits = readings(tiny("ssepa", **{"affinity.attention": "logits"}), haaf=True)
+    assert "HAAF, 2 iterations" in logits and not any("balanced" in name for name in logits)
+    assert {read.affinity.attention for read in logits.values()} == {"logits"}
+    assert uniform_refiner(prior.affinity).config.haaf_prior == 0

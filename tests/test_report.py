@@ -129,6 +129,13 @@ def test_the_index_says_where_every_number_comes_from(tmp_path):
     assert rows[1].count("not recorded") == 6
 
 
+def test_the_answer_does_without_an_output_that_was_not_scored(tmp_path):
+    found = result("ssepa", 0, refined_cam=45.0)
+    (tmp_path / "ssepa-seed0").mkdir()
+    (tmp_path / "ssepa-seed0" / "metrics.json").write_text(json.dumps(found))
+    assert "neither a segmentation nor a refined map" in write_report(tmp_path).read_text()
+
+
 def test_an_index_without_results_says_so(tmp_path):
     (tmp_path / "notebooks").mkdir()
     assert "No trained run has been evaluated yet." in write_report(tmp_path).read_text()

@@ -5,9 +5,10 @@ import pytest
 from conftest import TINY
 
 from ssepa_lib.cli import main
+from ssepa_lib.compose import save_recipe
 from ssepa_lib.errors import UserError
 from ssepa_lib.paths import PROJECT
-from ssepa_lib.workbook import tables
+from ssepa_lib.workbook import study, tables
 from ssepa_lib.workbook.run_tables import (
     contrasts,
     curve_tables,
@@ -199,6 +200,11 @@ def test_curves_stand_output_by_output_with_a_column_per_step(tmp_path):
     (again,) = curve_tables(tmp_path, pd.concat([resized, rows, shared], ignore_index=True)).items()
     assert again[0] == title, "the curve is that of the study, not of a result at another size"
     assert again[1].query("output == 'CAM'")["method"].tolist() == ["toco", "ssepa", "ssepa_no_affinity"]
+    own = study.recipe_for("voc_mini", "toco", changes={"data.eval_size": 96})
+    for run in ("toco-seed0", "toco-seed1", "ssepa-seed0"):
+        save_recipe(own, tmp_path / "voc" / run / "recipe.yaml")
+    (found,) = curve_tables(tmp_path, rows.assign(size=[0, 448, 448, 0]))
+    assert found == title.replace("224²", "96²"), "the size of the recipe, whatever came after"
 
 
 def test_a_row_is_readable_markdown():

@@ -243,6 +243,18 @@ def test_a_run_tells_the_runner_where_it_is(tmp_path, monkeypatch):
     assert display.line() == ""
 
 
+def test_a_bar_without_a_total_moves_on():
+    download = counter("images.tar", "B")
+    for done in (10, 20, 30):
+        download(done, None)
+
+
+def test_settings_of_haaf_are_no_error_before_a_notebook_of_ssepa_runs(folder, tmp_path):
+    write(folder, "00_a", parameters='preset = "shapes"\noverrides = {}')
+    given = {"overrides": "{affinity.haaf_objective: variance}"}
+    assert run_workbook(notebooks=folder, results=tmp_path / "results", parameters=given) == 0
+
+
 def test_headline_shows_every_run_with_its_setting(tmp_path):
     assert "No trained run" in headline(tmp_path)
     setting = {"data": "shapes", "split": "val", "images": 200, "size": 96, "steps": 300, "batch": 8}

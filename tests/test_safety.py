@@ -224,3 +224,4 @@ def test_readers_say_what_is_wrong(tmp_path):
         with pytest.raises(ValueError):
             parse_json(text)
     assert parse_yaml("{a: 1e-4, b: [x, 2]}") == {"a": 1e-4, "b": ["x", 2]}
+    assert parse_yaml("{root: 2e4_photos}") == {"root": "2e4_photos"}

@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from ssepa_lib.labels import build_refiner, multi_scale_cam
+from ssepa_lib.methods import take_step
 from ssepa_lib.workbook.studies import step_study
 
 
@@ -45,17 +46,21 @@ def test_only_settings_that_differ_are_listed_with_their_meaning(tiny):
     assert step_study.differences({"a": recipes["a"]}).empty
 
 
-def test_labels_of_an_image_without_padding(tiny, trainer_for):
-    recipe = tiny("ssepa")
+@pytest.mark.parametrize("method", ["ssepa", "afa"])
+def test_labels_of_an_image_without_padding_are_those_of_the_trainer(tiny, trainer_for, method):
+    recipe = tiny(method)
     trainer, batches = trainer_for(recipe)
-    batch, network = next(batches), trainer.network.eval()
-    cams = multi_scale_cam(
-        network, batch.image, batch.label, recipe.cam, build_refiner(recipe.affinity, network)
-    )
-    found = step_study.labels_of(recipe, batch.image, batch.label, cams)
-    assert found.shape == (32, 32)
-    present = {0, 255, *(batch.label[0].nonzero().flatten() + 1).tolist()}
-    assert set(found.unique().tolist()) <= present
+    nn.init.normal_(trainer.network.classifier.weight, std=0.5)
+    batch = next(batches)
+    batch = replace(batch, box=torch.tensor([[0, 32, 0, 32]] * len(batch.image)))
+    last = recipe.train.steps - 1
+    step = take_step(trainer.network, recipe, batch, last, trainer.labeler, {"pseudo_label"})
+    assert (step.cams.spread is not None) == (method == "afa")
+    found = step_study.labels_of(recipe, batch.image, batch.label, step.cams)
+    assert found.shape == (32, 32) and torch.equal(found, step.pseudo_label[0])
+    present = set((batch.label[0].nonzero().flatten() + 1).tolist())
+    kinds = set(found.unique().tolist())
+    assert kinds & present and len(kinds) > 1 and kinds <= present | {0, 255}, "the mask is not trivial"
 
 
 @pytest.mark.parametrize("method", ["toco", "fsr"])

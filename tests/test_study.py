@@ -17,8 +17,9 @@ from ssepa_lib.model import LayerWeights
 from ssepa_lib.training import load_run
 from ssepa_lib.workbook import paper_figures, study
 from ssepa_lib.workbook.published import table_3
-from ssepa_lib.workbook.studies import haaf_study
+from ssepa_lib.workbook.studies import ablation_study, haaf_study
 from ssepa_lib.workbook.studies.ablation_study import PLACES, where_it_acts
+from ssepa_lib.workbook.studies.memory_study import affinity_memory
 from ssepa_lib.workbook.tables import collect_runs, committed, paired_differences, summary
 
 TINY = {
@@ -247,13 +248,29 @@ def test_where_the_affinity_acts(study_runs):
     assert table["auxiliary map"].iloc[:-1].eq(plain).all() and auxiliary >= 0
 
 
+def test_the_place_is_all_that_changes_where_the_affinity_acts(study_runs, monkeypatch):
+    network, recipe = load_run(study.run_folder("shapes", "toco", 0), "cpu")
+    seen, uniform = [], haaf_study.uniform_refiner
+    monkeypatch.setattr(ablation_study, "PLACES", {"every scale, 1 time": {}})
+
+    def noted(*arguments, **fields):
+        seen.append(uniform(*arguments, **fields))
+        return seen[-1]
+
+    monkeypatch.setattr(ablation_study, "uniform_refiner", noted)
+    plus = replace(recipe, affinity=study.recipe_for("shapes", "ssepa_plus").affinity)
+    where_it_acts(network, plus, split_of(recipe, "val", 2))
+    config = seen[0].config
+    assert (config.iterations, config.per_scale, config.balance, config.coverage) == (1, True, False, 0)
+
+
 def test_memory_of_the_strategies_is_ordered(study_runs):
     network, _ = load_run(study.run_folder("shapes", "ssepa", 0), "cpu")
     with torch.no_grad():
         tokens = network.backbone(torch.rand(1, 3, 160, 160) * 255, capture=True)
     cam = torch.rand(1, 400, 6)
     strategies = ("stack_heads", "stack_layers", "matrix_free")
-    memory = {s: study.affinity_memory(tokens.attention, cam, s) for s in strategies}
+    memory = {s: affinity_memory(tokens.attention, cam, s) for s in strategies}
     assert memory["stack_heads"]["stacked maps, MB"] == pytest.approx(2 * 2 * 401**2 * 4 / 1e6)
     peaks = [row["peak, MB"] for row in memory.values()]
     assert peaks == sorted(peaks, reverse=True) and peaks[2] < peaks[0] / 4

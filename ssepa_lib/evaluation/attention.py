@@ -143,7 +143,7 @@ def class_attention(network: Network, image: Tensor, layer: int = -1) -> Tensor:
     out = network.backbone(image, capture=True)
     if network.aggregator is not None:
         maps = network.aggregator.attention(out.patches)  # [B, H, N]
-    elif out.attention.num_prefix_tokens:
+    elif network.aggregation == "class_token" and out.attention.num_prefix_tokens:
         rows = out.attention.layer_map(layer, slice(0, 1))  # [B, H, 1, P+N]
         maps = rows[:, :, 0, out.attention.num_prefix_tokens :]
     else:

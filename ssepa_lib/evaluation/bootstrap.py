@@ -59,7 +59,10 @@ def bootstrap_interval(
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(matrices), (repeats, len(matrices)), generator=generator)  # [R, n]
-    scores = miou_of(matrices[drawn].sum(1))  # [R]
+    times = torch.zeros(drawn.shape, dtype=torch.double)
+    times.scatter_add_(1, drawn, torch.ones_like(times))  # how often each draw has each image
+    sums = times @ matrices.flatten(1).double()  # [R, (C+1)²], exact: whole numbers below 2⁵³
+    scores = miou_of(sums.view(repeats, *matrices.shape[1:]))  # [R]
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
     low, high = scores.quantile(ends).tolist()
     return low, high

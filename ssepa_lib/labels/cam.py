@@ -142,7 +142,7 @@ def multi_scale_cam(
         label: [B, C], 0 or 1; maps of absent classes are zero ("valid CAM").
         refiner: also return the refined main maps (and refine the auxiliary ones where it says so).
         first: output of the network on `image` itself, with attention if there is a refiner; saves a pass.
-        box: long [B, 4], the part that is not padding; deflation and calibration ignore the rest.
+        box: long [B, 4], the part that is not padding; the affinity and the calibration ignore the rest.
 
     Returns:
         Main, auxiliary and refined maps in 0..1 at the size of the image.

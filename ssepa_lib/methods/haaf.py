@@ -46,7 +46,7 @@ class HaafObjective(Objective):
     """One of several ways to train HAAF. r is the refined map in 0..1, y the image label, C the classes
     present.
 
-    - cls: multi-label soft margin of max_i r_ic before normalisation against y.
+    - cls: multi-label soft margin of max_i of the propagated CAM before ReLU and normalisation, against y.
     - affinity: −mean_i log(Σ_j∈same label A_ij / Σ_j∈labelled A_ij) over patches i with a confident token
       label: of the affinity that a patch spends on labelled patches, the share that stays inside its own
       label (AFA's pair loss without the pairs).

@@ -1,7 +1,8 @@
 """What a frozen backbone says about an image never changes, so it is computed once and kept.
 
 The features are those of one view at one size: tokens for the classifiers, and the queries and keys that the
-affinity is made of. They are found by the content of the image, and kept in half precision.
+affinity is made of. They are found by the content of the image. All are rounded to half precision, those that
+find no room as well, so that the size of the memory changes no result.
 """
 
 from collections.abc import Callable, Hashable
@@ -38,7 +39,7 @@ class FeatureCache:
     uninterrupted one.
 
     Args:
-        limit: memory, in bytes.
+        limit: memory, in bytes; 0: nothing is kept.
     """
 
     def __init__(self, limit: int):

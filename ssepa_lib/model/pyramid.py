@@ -6,7 +6,7 @@ an operator on the same grid (`WindowedAttention`).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from math import ceil
 
@@ -113,16 +113,24 @@ class Pyramid(Encoder):
         """The tokens [B, h', w', C] behind every block; layers with attention are added to `taps`."""
         raise NotImplementedError
 
-    def _run(self, block: nn.Module, x: Tensor, tap: AttentionTap) -> Tensor:
-        """One block through its tap, recomputed in the backward pass if so configured."""
+    def _run(self, block: nn.Module, x: Tensor, tap: AttentionTap, grid: Grid | None = None) -> Tensor:
+        """One block through its tap, recomputed in the backward pass if so configured; `grid` is that of a
+        `GridAttention`."""
         needed = tap.capture or tap.visible is not None or not (is_compiled(block) or x.is_cuda)
         call = partial(tap.run, block) if needed else block
+        call = call if grid is None else partial(_on_its_grid, call, block.token_mixer, grid)
         if self.checkpointing and torch.is_grad_enabled():
             x = checkpoint(call, x, use_reentrant=False)
         else:
             x = call(x)
         tap.capture = False  # a recomputed block must not record again
         return x
+
+
+def _on_its_grid(call: Callable[[Tensor], Tensor], attention: nn.Module, grid: Grid, x: Tensor) -> Tensor:
+    """A block's call; before a block is recomputed, a pass of another size may have changed the grid."""
+    attention.grid = grid
+    return call(x)
 
 
 def _on_grid(x: Tensor, grid: Grid) -> Tensor:
@@ -291,10 +299,10 @@ class EfficientFormerBackbone(Pyramid):
             grid = tuple(x.shape[-2:])
             for block in stage.blocks:
                 tap = AttentionTap(capture)
-                if isinstance(getattr(block, "token_mixer", None), GridAttention):
-                    block.token_mixer.grid = grid
+                attends = isinstance(getattr(block, "token_mixer", None), GridAttention)
+                if attends:
                     taps.append((tap, Windows(grid, grid)))
-                x = self._run(block, x, tap)
+                x = self._run(block, x, tap, grid if attends else None)
                 yield x.unflatten(1, grid) if x.ndim == 3 else x.movedim(1, -1)
 
     def _tokens(self, height: float, width: float) -> list[int]:

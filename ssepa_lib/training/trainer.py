@@ -73,7 +73,7 @@ class Trainer:
             self.optimizer, partial(learning_rate_factor, recipe)
         )
         self.bf16 = precision(recipe.train.precision, device) == "bf16"
-        if recipe.model.freeze and recipe.data.fixed_views and recipe.model.cache_gb:
+        if recipe.model.freeze and recipe.data.fixed_views:
             self.network.backbone.cache = FeatureCache(int(recipe.model.cache_gb * 1e9))
         if recipe.train.compile:
             for block in self.network.backbone.blocks:

@@ -176,7 +176,7 @@ class Chooser(VBox):
 
     def __init__(self, make: Callable[..., Explorer], choices: Mapping[str, Sequence[Any]]):
         menus = {name: Dropdown(options=list(options), description=name) for name, options in choices.items()}
-        self.make, self.menus = make, menus
+        self.menus = menus
         self.view = make(**self.chosen)
         for menu in menus.values():
             menu.observe(lambda change: self.view.show(make(**self.chosen)), "value")

@@ -13,15 +13,19 @@ from ssepa_lib.files import write_atomically
 from ssepa_lib.labels import PseudoLabeler, build_refiner, multi_scale_cam
 from ssepa_lib.model import Network
 from ssepa_lib.recipe import Recipe
+from ssepa_lib.training.checkpoint import fingerprint
 from ssepa_lib.training.run import FILM
 from ssepa_lib.workbook.watch import Watch
 
 MAPS = ("cam", "aux_cam", "refined")  # 0..1, stored in 256 levels
 IDS = ("pseudo_label", "segmentation")  # class ids
+SHOWN = "shown"  # the entry of the file that tells which images it shows
 
 
 class Film(Watch):
     """Snapshots of some images at equal distances of a run, in `film.npz` of the run folder.
+
+    A file that shows other images, labels or classes counts as no film, and the next snapshot replaces it.
 
     Args:
         recipe: of the run.
@@ -43,7 +47,8 @@ class Film(Watch):
     ):
         self.recipe, path = recipe, Path(folder) / FILM
         self.images, self.labels, self.classes = images, labels, list(classes)
-        super().__init__(path, recipe.train.steps, max(frames - 1, 1), _read(path))
+        self.shown = fingerprint([images, labels, self.classes])
+        super().__init__(path, recipe.train.steps, max(frames - 1, 1), _read(path, self.shown))
 
     def take(self, network: Network) -> dict[str, np.ndarray]:
         """One snapshot of every image."""
@@ -54,6 +59,7 @@ class Film(Watch):
         arrays = {
             f"{step}/{name}": values for step, shot in self.kept.items() for name, values in shot.items()
         }
+        arrays[SHOWN] = np.array(self.shown)
         write_atomically(self.path, lambda part: _write(part, arrays))
 
     def maps(self, name: str, image: int) -> dict[int, np.ndarray]:
@@ -72,12 +78,14 @@ def _write(part: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _read(path: Path) -> dict[int, dict[str, np.ndarray]]:
-    """The snapshots of a film, by step in order; none where there is no film."""
+def _read(path: Path, shown: str) -> dict[int, dict[str, np.ndarray]]:
+    """The snapshots of a film, by step in order; none where there is no film of what is to be shown."""
     found: dict[int, dict[str, np.ndarray]] = {}
     if path.is_file():
         with np.load(path) as arrays:
-            for key in arrays.files:
+            if SHOWN not in arrays.files or arrays[SHOWN].item() != shown:
+                return {}
+            for key in (key for key in arrays.files if key != SHOWN):
                 step, name = key.split("/")
                 found.setdefault(int(step), {})[name] = arrays[key]
     return dict(sorted(found.items()))
@@ -98,6 +106,6 @@ def _shot(
     found = {"cam": cams.main, "aux_cam": cams.auxiliary, "refined": cams.refined}
     shot = {name: maps[rows, classes] for name, maps in found.items() if maps is not None}
     shot = {name: (255 * maps).round().byte() for name, maps in shot.items()}
-    shot["pseudo_label"] = labeler.labels(images, cams.for_labels, labels).byte()
+    shot["pseudo_label"] = labeler.labels(images, cams.for_labels, labels, cams.spread).byte()
     shot["segmentation"] = logits.argmax(1).byte()
     return {name: values.cpu().numpy() for name, values in shot.items()}

@@ -24,8 +24,6 @@ from ssepa_lib.files import write_text
 from ssepa_lib.paths import NOTEBOOKS, PROJECT
 from ssepa_lib.readers import parse_yaml
 
-FOLDERS = ("VOC_ROOT", "COCO_ROOT", "FOLDER_ROOT", "SSEPA_WEIGHTS")  # variables that name folders of data
-
 _BROKEN = (
     OSError,
     ValueError,
@@ -191,6 +189,13 @@ def check_parameters(
     return values
 
 
+def folder_variables() -> list[str]:
+    """The environment variables that name folders of data or weights."""
+    from ssepa_lib.data import DATASETS  # here, because the help of the command line does without data
+
+    return ["SSEPA_WEIGHTS", *(dataset.root_variable for dataset in DATASETS.values())]
+
+
 def forget_places(copy: Path, results: Path) -> None:
     """Take the folders of this machine, and with them user and host, out of an executed notebook.
 
@@ -198,7 +203,7 @@ def forget_places(copy: Path, results: Path) -> None:
         copy: the notebook; nothing happens if it cannot be read.
         results: folder of everything computed, from now on `results`.
     """
-    places = {Path(os.environ[name]).resolve(): name for name in FOLDERS if os.environ.get(name)}
+    places = {Path(os.environ[name]).resolve(): name for name in folder_variables() if os.environ.get(name)}
     places |= {Path.home(): "~", Path(sys.prefix): "<python>", PROJECT: ".", results: "results"}
     try:
         content = json.loads(copy.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Your own images in a notebook: an example, what a folder is good for, a run on it, an uploaded image."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import SegmentationDataset, eval_batches
-from ssepa_lib.data.survey import Survey
+from ssepa_lib.data.adopt import adopt
+from ssepa_lib.data.survey import Survey, survey
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.multiscale import cam_view
 from ssepa_lib.labels import Refiner, multi_scale_cam
@@ -25,8 +26,10 @@ from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder
 from ssepa_lib.training.trainer import OnStep, train
 from ssepa_lib.workbook.example_images import example_folder
-from ssepa_lib.workbook.plan import duration, seconds_on, step_cost
+from ssepa_lib.workbook.plan import duration, full_steps, seconds_on, step_cost
+from ssepa_lib.workbook.queue import Job
 from ssepa_lib.workbook.studies.data_study import inseparable
+from ssepa_lib.workbook.study import preset_folder
 
 VERDICTS = {"go": "#1b7837", "fix": "#b35806", "stop": "#c1272d"}  # from good to bad, with their colours
 
@@ -169,8 +172,7 @@ def own_recipe(preset: str, method: str, folder: Path, **options: Any) -> Recipe
     """
     settings = {"data.name": "folder", "data.root": str(folder), "data.train_images": 0, "data.val_images": 0}
     settings |= {"data.train_split": "train", "data.val_split": "val", "data.measured_train": ""}
-    settings |= {"train.steps": options["steps"], "train.seed": options.get("seed", 0)}
-    settings |= {"train.device": options.get("device", "auto"), "train.save_every": options["steps"]}
+    settings |= {f"train.{name}": options[name] for name in ("steps", "seed", "device") if name in options}
     method += "+frozen" if options.get("frozen") else ""
     return load_recipe(f"{preset}/{method}", settings | dict(options.get("changes") or {}))
 
@@ -181,9 +183,35 @@ def train_on(recipe: Recipe, out: Path, on_step: OnStep | None = None) -> tuple[
     Returns:
         The network in evaluation mode, its recipe, and the folder of the run.
     """
-    run = RunFolder(out / f"{Path(recipe.data.root).name}-{recipe.hash()}")  # the images are part of the name
+    run = RunFolder(_run_folder(recipe, out))
     train(recipe, run.path, on_step=on_step)
     return *run.load(recipe.train.device), run.path
+
+
+def _run_folder(recipe: Recipe, out: Path) -> Path:
+    """Where a run lies; the images are part of its name."""
+    return out / f"{Path(recipe.data.root).name}-{recipe.hash()}"
+
+
+def own_jobs(parameters: Mapping[str, Any]) -> list[Job]:
+    """The run that notebook 08 makes with its parameters.
+
+    Returns:
+        One job, or none where the folder cannot be learnt from: the check table of the notebook says why.
+
+    Raises:
+        UserError: an unknown preset, method or setting.
+    """
+    preset, changes = parameters["preset"], parameters["overrides"]
+    place = preset_folder(preset, parameters["run_name"]) / "own"
+    try:
+        found = survey(chosen_folder(parameters["folder"], preset, place), parameters["images"])
+        copy = adopt(found, place / "copies")
+    except UserError:
+        return []
+    options = {name: parameters[name] for name in ("steps", "seed", "device", "frozen")}
+    recipe = own_recipe(preset, parameters["method"], copy, changes=changes, **options)
+    return [Job(recipe, _run_folder(recipe, place / "runs"), {})]
 
 
 CHOICES = {
@@ -203,12 +231,11 @@ def decision_table(images: int, method: str) -> pd.DataFrame:
     Args:
         images: of the folder; with the steps and the batch they give how often each is seen.
     """
-    rows, built_in = [], "micro ViT (built in)"
+    rows, built_in, cpu = [], "micro ViT (built in)", f"CPU, {torch.get_num_threads()} threads"
     for name, (preset, steps, more) in CHOICES.items():
         recipe = load_recipe(f"{preset}/{method}{more}", {"train.steps": steps})
-        cost, counted = step_cost(recipe), steps
-        if recipe.model.freeze:  # later epochs find the features of every view in memory
-            counted = min(steps, -(-images * max(1, recipe.data.fixed_views) // recipe.data.batch))
+        cost = step_cost(recipe)
+        counted = full_steps(recipe, cost, steps, images)
         rows.append(
             {
                 "setting": name,
@@ -221,9 +248,7 @@ def decision_table(images: int, method: str) -> pd.DataFrame:
                 "batch": recipe.data.batch,
                 "steps": steps,
                 "epochs": f"{steps * recipe.data.batch / max(1, images):.0f}",
-                f"CPU, {torch.get_num_threads()} threads": duration(
-                    counted * seconds_on(recipe, cost, "cpu")
-                ),
+                cpu: duration(counted * seconds_on(recipe, cost, "cpu")),
                 "a GPU": duration(counted * seconds_on(recipe, cost, "gpu")),
             }
         )

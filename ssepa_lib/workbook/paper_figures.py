@@ -63,10 +63,11 @@ def pseudo_labels(
 ) -> dict[str, list[Tensor]]:
     """Pseudo-labels [n, H, W] after PAR and, where it is installed, after the CRF in its place."""
     refiner = build_refiner(recipe.affinity, network)
-    maps = multi_scale_cam(network, pixels, labels, recipe.cam, refiner).for_labels
-    found = {"": list(PseudoLabeler(recipe.cam).to(pixels.device).labels(pixels, maps, labels))}
+    cams = multi_scale_cam(network, pixels, labels, recipe.cam, refiner)
+    labeler = PseudoLabeler(recipe.cam).to(pixels.device)
+    found = {"": list(labeler.labels(pixels, cams.for_labels, labels, cams.spread))}
     if crf_available():
-        each = zip(pixels, maps, labels, strict=True)
+        each = zip(pixels, cams.final, labels, strict=True)
         found[", CRF"] = [crf_pseudo_label(*one, recipe.cam.background) for one in each]
     return found
 

@@ -8,17 +8,20 @@ multiplies matrices. Such an estimate may be wrong by a factor of three; it tell
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ssepa_lib.data import build_dataset
 from ssepa_lib.device import autocast, describe_device, precision, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.model.backbone import build_backbone
+from ssepa_lib.model.heads import LargeFOV
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.history import history_rows
 from ssepa_lib.training.run import RunFolder, find_finished
@@ -28,7 +31,9 @@ from ssepa_lib.workbook.study import study_command, study_jobs
 
 LONG = 30 * 60  # seconds of training from which a call of the notebooks has to be confirmed
 FULL = 12 * 3600  # seconds from which a run without a GPU has to be confirmed
-CORE_SPEED = {"fp32": 45e9, "bf16": 75e9}  # FLOP/s of a core in a step (shapes; voc_mini without AMX)
+# FLOP/s of a core in a step: measured as 45e9 (shapes) and 75e9 (voc_mini without AMX) when a step of ToCo or
+# SS-EPA was counted with one pass too many; scaled so that the times estimated for them are the same
+CORE_SPEED = {"fp32": 42e9, "bf16": 70e9}
 GPU_SHARE = 0.05  # of the speed of matrix products that a step reaches
 GPU_SPEED = 20e12  # FLOP/s of a step on a data-centre GPU: that share of 400 TFLOP/s; not measured
 
@@ -40,6 +45,8 @@ class Cost:
     flops: float  # of one step, encoder only
     parameters: int  # of the encoder
     shape: tuple[int, int]  # tokens of a batch, width
+    decoder: float  # operations of the decoder in a step, with the backward pass
+    features: float  # bytes of all features of one view of an image, in half precision
 
     @property
     def disk(self) -> float:
@@ -64,30 +71,62 @@ class Planned:
 
 
 def step_cost(recipe: Recipe) -> Cost:
-    """The cost of one step; the passes are those of the table in `methods/step.py`."""
+    """The cost of one step with all passes of the table in `methods/step.py`.
+
+    Raises:
+        UserError: a backbone that cannot be built, or a crop that is smaller than a patch.
+    """
     with torch.device("meta"):
         encoder = build_backbone(replace(recipe.model, weights="none"))
-    side, batch = recipe.data.crop, recipe.data.batch
-    flops = batch * sum(weight * encoder.flops(each, each) for each, weight in _passes(recipe))
-    parameters = sum(p.numel() for p in encoder.parameters())
-    height, width = (max(1, round(side / patch)) for patch in encoder.patch_size)
-    tokens = height * width + encoder.num_prefix_tokens
-    return Cost(flops, parameters, (batch * tokens, encoder.width))
+        decoder = LargeFOV(encoder.width, 1)
+    side, batch, passes = recipe.data.crop, recipe.data.batch, list(_passes(recipe))
+    flops = batch * sum(weight * encoder.flops(each, each) for each, weight in passes)
+    tokens = prod(encoder.grid(side, side)) + encoder.num_prefix_tokens
+    parameters, weights = (sum(p.numel() for p in part.parameters()) for part in (encoder, decoder))
+    layers = 0 if recipe.affinity.kind == "none" else encoder.depth
+    one = 4.0 * tokens * encoder.width * (1 + layers)  # final and auxiliary tokens, queries and keys
+    features = one * sum((each / side) ** 2 for each, _ in passes)
+    return Cost(flops, parameters, (batch * tokens, encoder.width), 6.0 * batch * tokens * weights, features)
 
 
-def _passes(recipe: Recipe) -> Iterable[tuple[float, int]]:
+def _passes(recipe: Recipe) -> Iterator[tuple[float, int]]:
     """Side of an image and 1, or 3 with the backward pass, for every pass of one image in a step."""
-    side, contrast = recipe.data.crop, recipe.contrast
-    maps = [(scale * side, 1) for scale in recipe.cam.scales for _ in range(1 + recipe.cam.flip)]
+    side, contrast, affinity = recipe.data.crop, recipe.contrast, recipe.affinity
+    views = [(scale * side, 1) for scale in recipe.cam.scales for _ in range(1 + recipe.cam.flip)]
+    maps = views.copy()
+    if recipe.model.drop_path == 0 and recipe.cam.teacher_momentum == 0 and (side, 1) in maps:
+        maps.remove((side, 1))  # the image itself at scale 1 is the training pass
     yield (side, 1 if recipe.model.freeze else 3)
     yield from maps
     if recipe.losses.ctc:
-        yield (side, 3)
-        yield from [(contrast.local_size, 3)] * contrast.local_crops
+        local = contrast.local_size if contrast.views == "crops" else side * (1 - contrast.mask_share) ** 0.5
+        yield from [(side, 3), *[(local, 3)] * contrast.local_crops]  # masked views by their visible patches
+    if affinity.kind == "haaf" and affinity.haaf_objective == "equivariance":
+        yield (int(1.4 * side), 1)
     if recipe.self_reinforced:
-        yield (side, 3)
-        yield from [(side, 1)] * 2
-        yield from maps
+        yield from [(side, 3), (side, 1), (side, 1)]
+        yield from views if recipe.reinforce.selection in ("loose", "strict") else []
+
+
+def full_steps(recipe: Recipe, cost: Cost, steps: int, images: int | None = None) -> float:
+    """How many steps with all their passes take as long as `steps` steps of a run.
+
+    As many, but for a frozen backbone. Its passes are made for views that are seen for the first time, and
+    again for those whose features do not fit into `model.cache_gb`. The decoder, which is part of the speed
+    of other runs, is added for every step.
+
+    Args:
+        images: of the training split; None: they are counted. Without the data every view counts as new.
+    """
+    if not recipe.model.freeze:
+        return steps
+    if images is None:
+        with suppress(UserError):
+            images = len(build_dataset(recipe.data, "train"))
+    views = (images or 0) * recipe.data.fixed_views or inf
+    first = min(steps, views / recipe.data.batch)
+    kept = min(1.0, 1e9 * recipe.model.cache_gb / (views * cost.features))
+    return first + (steps - first) * (1 - kept) + steps * cost.decoder / cost.flops
 
 
 def seconds_per_step(recipe: Recipe, cost: Cost) -> float:
@@ -156,7 +195,7 @@ def plan(jobs: Sequence[Job], *, anew: bool = False, beside: bool = True) -> lis
         if known is None and kind not in estimated:
             estimated[kind] = seconds_per_step(job.recipe, cost)
         steps = job.recipe.train.steps if anew else _steps_left(job)
-        seconds = steps * (estimated[kind] if known is None else known)
+        seconds = full_steps(job.recipe, cost, steps) * estimated[kind] if known is None else steps * known
         planned.append(Planned(job, seconds, "estimated" if known is None else "measured", cost.disk))
     return planned
 
@@ -275,7 +314,7 @@ def notebook_jobs(trains: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
     Args:
         trains: the entry `trains` of its metadata, one mapping per group of runs: `methods`, `seeds`, `steps`
             and `arms` name a parameter or say the value itself; `name` is added to the names of the runs. A
-            group whose `arms` are an empty list makes none.
+            group whose `arms` are an empty list makes none; `own` is a run of `own_images.own_jobs`.
         values: the notebook's parameters.
 
     Raises:
@@ -287,8 +326,8 @@ def notebook_jobs(trains: Sequence[Mapping[str, Any]], values: Mapping[str, Any]
             key: values.get(value, value) if isinstance(value, str) else value for key, value in entry.items()
         }
         many = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
-        if given.get("arms") == []:
-            continue  # an ablation that was not asked for
+        if "own" in given or given.get("arms") == []:
+            continue  # a run of no preset, or an ablation that was not asked for
         arms: dict[str, Mapping[str, Any]] = {}
         for question in many.get("arms", ()):
             if question not in FSR_ARMS:

@@ -37,7 +37,8 @@ def progress_writer(label: str) -> Callable[[Mapping[str, Any]], None]:
         elif PROGRESS in os.environ:
             _tell(label, step_text(row), over=row["step"] == row["steps"])
         else:
-            bar = bar or _bar(label, unit="step", initial=row.get("start", 0))
+            if bar is None:  # a bar without a total has no truth value
+                bar = _bar(label, unit="step", initial=row.get("start", 0))
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             bar = _move(bar, row["step"], row["steps"])
 
@@ -58,7 +59,8 @@ def counter(label: str, unit: str = "image") -> Callable[[int, int | None], None
             _tell(label, f"{unit} {done}/{total}, {left} left", over=done == total)
             return
         hidden = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        bar = bar or _bar(label, unit=unit, unit_scale=unit == "B", disable=hidden)
+        if bar is None:
+            bar = _bar(label, unit=unit, unit_scale=unit == "B", disable=hidden)
         bar = _move(bar, done, total)
 
     return progress
@@ -265,13 +267,14 @@ class StudyDisplay(_Screen):
 
     def _left(self) -> str:
         """`, about 2:10 left` by the speed of this call, as soon as there is one."""
-        done = sum(self.at[name] - first for name, first in self.first.items())
-        left = sum(self.steps.values()) - sum(self.at.values())
+        at, first = dict(self.at), dict(self.first)  # copies: reports come in from another thread
+        done = sum(at.get(name, start) - start for name, start in first.items())
+        left = sum(self.steps.values()) - sum(at.values())
         return f", about {clock((time.time() - self.began) * left / done)} left" if done and left else ""
 
     def line(self) -> str:
         """How many runs are done, what the others do, and the time left."""
-        texts = "; ".join(f"{name}: {text}" for name, text in self.texts.items())
+        texts = "; ".join(f"{name}: {text}" for name, text in dict(self.texts).items())
         return f"{len(self.ended)}/{len(self.steps)} runs done{self._left()}; {texts}".rstrip("; ")
 
     def render(self):

@@ -133,7 +133,9 @@ def _answer(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
             f"with an mIoU of {_mean(methods[name]['segmentation'])} %."
         )
     refined = {
-        m: np.mean(o["refined_cam"]) - np.mean(o["cam"]) for m, o in methods.items() if o.get("refined_cam")
+        m: np.mean(o["refined_cam"]) - np.mean(o["cam"])
+        for m, o in methods.items()
+        if o.get("refined_cam") and o.get("cam")
     }
     if refined:
         name = max(refined, key=refined.get)

@@ -22,7 +22,7 @@ from ssepa_lib.evaluation.results import (
 from ssepa_lib.files import write_csv, write_text
 from ssepa_lib.workbook.ablations import ALSO, BASE, COMPARED, base_of
 from ssepa_lib.workbook.plan import remedy
-from ssepa_lib.workbook.score_curve import IMAGES, SCORED, draw_curves, read_curve, stored_curves
+from ssepa_lib.workbook.score_curve import IMAGES, SCORED, curve_sizes, draw_curves, read_curve, stored_curves
 from ssepa_lib.workbook.study import preset_folder, study_jobs
 from ssepa_lib.workbook.tables import collect_runs, plus_minus_columns, require_seeds, summary, to_markdown
 
@@ -186,11 +186,14 @@ def curve_tables(folder: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     Returns:
         Title with the setting → table with a column per step; mean over seeds, percent.
     """
-    # a run that was scored at several sizes counts once, where most images were scored: in the study itself
-    most = runs.groupby(["preset", "run", "method"])["images"].idxmax()
+    # a run counts once, at its curve's size, or if that is not known where most images were scored
+    most, sizes = runs.groupby(["preset", "run", "method"])["images"].idxmax(), curve_sizes(folder)
+    once = runs[runs.index.isin(most)]
+    names = zip(once["preset"], once["run"], once["size"], strict=True)
+    once = once.assign(size=[sizes.get((preset, run), size) for preset, run, size in names])
     found = {}
     keys = ["preset", "size", "steps", "batch"]
-    for (preset, size, steps, batch), rows in runs[runs.index.isin(most)].groupby(keys, sort=False):
+    for (preset, size, steps, batch), rows in once.groupby(keys, sort=False):
         table = _against_steps(stored_curves(folder, rows))
         where = f"{preset}, at most {IMAGES} images, {describe_size(size)}, {steps} steps of {batch}"
         found |= {f"{where}: while it is trained, mIoU, %": table} if len(table) else {}

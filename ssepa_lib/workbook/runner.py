@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssepa_lib.compose import load_recipe
-from ssepa_lib.data import DATASETS, build_dataset
+from ssepa_lib.data import build_dataset
 from ssepa_lib.errors import UserError
 from ssepa_lib.files import FolderLock
 from ssepa_lib.paths import NOTEBOOKS, RECIPES, results_root, variables_set
 from ssepa_lib.training.run import RunFolder
-from ssepa_lib.workbook.notebooks import Notebook, check_parameters, discover, forget_places, select
+from ssepa_lib.workbook.notebooks import (
+    Notebook,
+    check_parameters,
+    discover,
+    folder_variables,
+    forget_places,
+    select,
+)
+from ssepa_lib.workbook.own_images import own_jobs
 from ssepa_lib.workbook.plan import LONG, confirm, describe, notebook_jobs, plan
 from ssepa_lib.workbook.progress import PROGRESS, Display, clock
 from ssepa_lib.workbook.report import UNFINISHED, headline, write_report
@@ -140,7 +148,7 @@ def _check(
     overrides = next((given["overrides"] for given in values.values() if "overrides" in given), {})
     lenient = preset == "folder" and all("folder" in each.parameters for each in chosen)
     if not lenient:  # missing data is reported here; a notebook on a folder of yours does that itself
-        build_dataset(load_recipe(f"{preset}/toco", overrides).data, "val")
+        build_dataset(load_recipe(f"{preset}/ssepa", overrides).data, "val")  # ssepa takes most overrides
     return chosen, values
 
 
@@ -156,7 +164,11 @@ def _absolute(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _announce(chosen: Sequence[Notebook], values: Mapping[str, dict], yes: bool) -> None:
     """Print what will be trained, and ask where that takes long."""
-    jobs = [job for each in chosen for job in notebook_jobs(each.trains, each.parameters | values[each.name])]
+    jobs = []
+    for each in chosen:
+        parameters = each.parameters | values[each.name]
+        jobs += notebook_jobs(each.trains, parameters)
+        jobs += own_jobs(parameters) if any("own" in entry for entry in each.trains) else []
     if jobs:
         planned = plan(jobs)
         for each in planned:
@@ -200,8 +212,8 @@ def run_workbook(
     chosen, values = _check(preset, only, start, parameters, notebooks)
     run_name = str(parameters.get("run_name", ""))
     root = (results or results_root()).resolve()
-    variables = ["SSEPA_WEIGHTS", *(dataset.root_variable for dataset in DATASETS.values())]
-    places = {name: str(Path(os.environ[name]).resolve()) for name in variables if os.environ.get(name)}
+    given = [name for name in folder_variables() if os.environ.get(name)]
+    places = {name: str(Path(os.environ[name]).resolve()) for name in given}
     began = time.time()
     with tempfile.TemporaryDirectory() as scratch, variables_set(SSEPA_RESULTS=str(root), **places):
         _announce(chosen, values, yes)

@@ -2,6 +2,7 @@
 distances."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from ssepa_lib.files import write_csv
 from ssepa_lib.model import Network
 from ssepa_lib.readers import read_table
 from ssepa_lib.recipe import Recipe
-from ssepa_lib.training.run import CURVE
+from ssepa_lib.training.run import CURVE, RunFolder
 from ssepa_lib.workbook.watch import Watch
 
 SCORED = ("cam", "refined_cam", "pseudo_label", "segmentation")
@@ -99,13 +100,27 @@ def mean_curves(folders: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
+def curve_folders(folder: Path) -> dict[tuple[str, str], Path]:
+    """The run folders below a folder that have a curve, by the name of their preset and their own."""
+    return {(path.parent.parent.name, path.parent.name): path.parent for path in folder.rglob(CURVE)}
+
+
+def curve_sizes(folder: Path) -> dict[tuple[str, str], int]:
+    """The side at which each of `curve_folders` was scored: `data.eval_size` of its recipe, if it has one."""
+    sizes = {}
+    for run, path in curve_folders(folder).items():
+        with suppress(UserError):
+            sizes[run] = RunFolder(path).recipe().data.eval_size
+    return sizes
+
+
 def stored_curves(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     """`mean_curves` of runs of one setting that lie below a folder.
 
     Args:
         runs: columns preset, run and method, as `tables.collect_runs` has them.
     """
-    paths = {(path.parent.parent.name, path.parent.name): path.parent for path in folder.rglob(CURVE)}
+    paths = curve_folders(folder)
     runs = runs.drop_duplicates(["preset", "run", "method"])  # two methods can share a run
     runs = runs[[run in paths for run in zip(runs["preset"], runs["run"], strict=True)]]
     folders = pd.Series([paths[run] for run in zip(runs["preset"], runs["run"], strict=True)], dtype=object)

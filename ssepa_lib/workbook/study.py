@@ -21,9 +21,8 @@ from ssepa_lib.data import SegmentationDataset, build_dataset, eval_batches, mea
 from ssepa_lib.device import describe_device, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.attention import attention_statistics
-from ssepa_lib.evaluation.memory import affinity_map_bytes, peak_memory, saved_activation_bytes
 from ssepa_lib.labels.crf import require_crf
-from ssepa_lib.model import Attention, Network, PatchAffinity
+from ssepa_lib.model import Network
 from ssepa_lib.paths import plain_name, results_root
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import RunFolder, find_finished
@@ -32,6 +31,8 @@ from ssepa_lib.workbook.ablations import FSR_ARMS
 from ssepa_lib.workbook.progress import bars
 from ssepa_lib.workbook.queue import Job, Report, run_jobs, share, stored_outcome
 from ssepa_lib.workbook.tables import result_row
+
+Side = int | tuple[int, int]  # of a square, or height and width
 
 
 def environment(device: torch.device | str) -> str:
@@ -301,13 +302,13 @@ def with_label(dataset: SegmentationDataset, first: int, count: int = 1) -> list
     return found
 
 
-def _square(ids: Tensor, side: int) -> Tensor:
+def _square(ids: Tensor, side: Side) -> Tensor:
     """Ids [H, W] resized to [side, side], nearest neighbour."""
-    return F.interpolate(ids[None, None].float(), (side, side))[0, 0].byte()
+    return F.interpolate(ids[None, None].float(), side)[0, 0].byte()
 
 
 def object_parts(
-    dataset: SegmentationDataset, indices: Sequence[int], side: int, classes: Sequence[int]
+    dataset: SegmentationDataset, indices: Sequence[int], side: Side, classes: Sequence[int]
 ) -> list[Tensor] | None:
     """Head and body of one class per image, as `evaluation.maps.mass_by_part` wants them.
 
@@ -326,24 +327,3 @@ def object_parts(
         own = (mask == kind + 1).byte()
         found.append(_square(own * (2 if parts is None else parts), side))
     return found
-
-
-def affinity_memory(attention: Attention, cam: Tensor, strategy: str) -> dict[str, float]:
-    """Memory of applying the affinity of captured attention to maps [B, N, C], in MB of 10⁶ bytes.
-
-    Returns:
-        `stacked maps, MB` (formula), `peak, MB` (without gradient, as in training) and `kept for gradient,
-        MB` (what autograd would save if a gradient passed through the maps).
-    """
-    tokens = cam.shape[1] + attention.num_prefix_tokens
-    maps = affinity_map_bytes(len(cam), tokens, attention.depth, attention.heads, strategy)
-
-    def propagated(gradient: bool) -> Tensor:
-        sides = (attention.queries, attention.keys)
-        queries, keys = ([t.detach().requires_grad_(gradient) for t in side] for side in sides)
-        leaves = replace(attention, queries=queries, keys=keys)
-        return PatchAffinity(leaves, strategy=strategy) @ cam
-
-    peak = peak_memory(lambda: propagated(False), cam.device)
-    kept = saved_activation_bytes(lambda: propagated(True))
-    return {"stacked maps, MB": maps / 1e6, "peak, MB": peak / 1e6, "kept for gradient, MB": kept / 1e6}

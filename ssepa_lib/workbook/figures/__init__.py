@@ -8,7 +8,6 @@ from ssepa_lib.workbook.figures.curves import (
     plot_learning_curves,
     plot_scaling_curves,
     plot_score_curves,
-    plot_threshold_curve,
 )
 from ssepa_lib.workbook.figures.data import plot_card, plot_parts, plot_samples
 from ssepa_lib.workbook.figures.forest import plot_forest
@@ -108,7 +107,6 @@ __all__ = [
     "plot_samples",
     "plot_scaling_curves",
     "plot_score_curves",
-    "plot_threshold_curve",
     "save_figure",
     "use_style",
 ]

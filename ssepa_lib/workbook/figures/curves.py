@@ -108,29 +108,6 @@ def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
     return axes[0]
 
 
-def plot_threshold_curve(
-    results: Mapping[str, dict], outputs: Sequence[str] = ("cam", "refined_cam"), ax: Axes | None = None
-) -> Axes:
-    """mIoU of thresholded maps against the background threshold.
-
-    Args:
-        results: run → result of `evaluate`; the dot marks the best threshold.
-        outputs: maps to show.
-    """
-    ax = own_axes(ax)
-    for i, (run, result) in enumerate(results.items()):
-        curve = result["threshold_curve"]
-        for output, style in zip(outputs, ("--", "-", ":"), strict=False):
-            if output in curve:
-                label = f"{run}: {heading(output)}"
-                ax.plot(curve["thresholds"], curve[output], style, color=f"C{i}", label=label)
-                best = int(np.argmax(curve[output]))
-                ax.plot(curve["thresholds"][best], curve[output][best], "o", color=f"C{i}")
-    ax.set(xlabel="background threshold", ylabel="mIoU, %")
-    ax.legend(**BESIDE)
-    return ax
-
-
 def plot_scaling_curves(
     table: pd.DataFrame, x: str, y: str, hue: str, labels: tuple[str, str], ax: Axes | None = None
 ) -> Axes:

@@ -9,11 +9,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
+from ssepa_lib.evaluation.maps import PARTS
 from ssepa_lib.workbook.figures.images import Array, plot_cam, plot_image, plot_mask, to_numpy, to_pixels
 from ssepa_lib.workbook.figures.style import BESIDE, LANDMARKS, own_axes
 
 WORSE = "#c1272d"
-PART_NAMES = ("head", "body", "ground")
 
 
 def plot_judged_grid(
@@ -56,7 +56,7 @@ def plot_judged_grid(
         ax.set_title(title, fontsize="small")
     entries = [
         Patch(facecolor=colour, label=f"on the {name}")
-        for colour, name in zip(LANDMARKS.values(), PART_NAMES, strict=True)
+        for colour, name in zip(LANDMARKS.values(), PARTS, strict=True)
     ]
     entries.append(Patch(facecolor="white", edgecolor=WORSE, linewidth=2, label=f"worse than {base}"))
     figure.legend(handles=entries, loc="outside lower center", ncols=4, handlelength=1.2)
@@ -85,7 +85,7 @@ def plot_mass(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
         shares: index name of the map; columns head, body and ground, 0..1.
     """
     ax, left = own_axes(ax, (7, 0.42 * len(shares) + 0.9)), np.zeros(len(shares))
-    for part, colour in zip(PART_NAMES, LANDMARKS.values(), strict=True):
+    for part, colour in zip(PARTS, LANDMARKS.values(), strict=True):
         values = 100 * shares[part].to_numpy()
         bars = ax.barh(range(len(shares)), values, left=left, color=colour, label=part, height=0.7)
         ax.bar_label(bars, [f"{v:.0f}" if v >= 4 else "" for v in values], label_type="center", color="white")

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from ssepa_lib.evaluation.maps import PARTS
 from ssepa_lib.workbook.figures.images import (
     Array,
     mark_patch,
@@ -54,7 +55,7 @@ def plot_part_shares(shares: Array, ax: Axes | None = None, title: str = "") -> 
     ax, shares = own_axes(ax, (2.4, 1.4)), 100 * to_numpy(shares)
     bars = ax.barh(range(3), np.nan_to_num(shares), color=list(LANDMARKS.values()), height=0.7)
     ax.bar_label(bars, labels=[f"{s:.0f} %" if np.isfinite(s) else "–" for s in shares], padding=3)
-    ax.set_yticks(range(3), ["head", "body", "ground"])
+    ax.set_yticks(range(3), PARTS)
     ax.invert_yaxis()
     ax.set(xlim=(0, 125), xticks=[0, 50, 100], xlabel="share of the map, %")
     ax.grid(False)

@@ -44,7 +44,9 @@ PLACES = {
     "once on the sum, 2 times": {"per_scale": False, "iterations": 2},
     "once on the sum, 3 times": {"per_scale": False, "iterations": 3},
     "every scale, 1 time, auxiliary map too": {"auxiliary": True},
-}  # where the affinity acts → fields of its settings
+}  # where the affinity acts → fields of its settings, on top of _PLAIN
+_PLAIN = {"iterations": 1, "per_scale": True, "auxiliary": False, "balance": False, "deflate": False}
+_PLAIN |= {"coverage": 0.0}  # the paper's form
 MEASURES = {"pseudo-label": ("train", "pseudo_label"), "segmentation": ("val", "segmentation")}
 
 
@@ -281,7 +283,7 @@ def where_it_acts(network: Network, recipe: Recipe, dataset: SegmentationDataset
     pixels, labels, _ = samples(dataset, range(min(4, len(dataset))), side)
     pixels, labels, rows = pixels.to(device), labels.to(device), {}
     for name, fields in PLACES.items():
-        refiner = uniform_refiner(recipe.affinity, **fields)
+        refiner = uniform_refiner(recipe.affinity, **_PLAIN | fields)
         changed = replace(recipe, affinity=refiner.config)
         outputs = ("aux_cam", "refined_cam")
         found = evaluate(network, changed, dataset, device=device, outputs=outputs, test_time=("ms",))["miou"]

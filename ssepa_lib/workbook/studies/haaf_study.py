@@ -30,7 +30,7 @@ def uniform_refiner(config: AffinityConfig, **changes: Any) -> Refiner:
         config: where the other settings of the affinity come from.
         changes: its fields to replace (attention, iterations, …).
     """
-    return Refiner(replace(config, **{"kind": "mean", "haaf_objective": "none"} | changes))
+    return Refiner(replace(config, **{"kind": "mean", "haaf_objective": "none", "haaf_prior": 0.0} | changes))
 
 
 def single_layer_refiners(config: AffinityConfig, depth: int) -> dict[str, Refiner]:

@@ -123,9 +123,9 @@ def _image_rows(
 ) -> list[dict]:
     """The rows of one image, for the first class of its label."""
     kind, rows = int(maps.present[0]), []
-    side = maps.main.shape[-1]
-    small = F.interpolate(mask[None, None].float(), maps.main.shape[-2:])[0, 0].long()
-    parts = object_parts(dataset, [index], side, [kind])[0].to(mask.device)
+    size = tuple(maps.main.shape[-2:])
+    small = F.interpolate(mask[None, None].float(), size)[0, 0].long()
+    parts = object_parts(dataset, [index], size, [kind])[0].to(mask.device)
     for name, refined in maps.refined.items():
         shown = refined[0]
         shares = mass_by_part(shown, parts).tolist()

@@ -1,11 +1,18 @@
-"""Products with the affinity in blocks of rows, and which image still fits into a memory."""
+"""What applying the affinity costs in memory, in blocks of rows too, and which image still fits."""
+
+from dataclasses import replace
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ssepa_lib.evaluation.memory import affinity_map_bytes, analytic_activation_bytes
-from ssepa_lib.model import Attention
+from ssepa_lib.evaluation.memory import (
+    affinity_map_bytes,
+    analytic_activation_bytes,
+    peak_memory,
+    saved_activation_bytes,
+)
+from ssepa_lib.model import Attention, PatchAffinity
 from ssepa_lib.workbook.tables import benchmark
 
 STRATEGIES = ("stack_heads", "stack_layers", "matrix_free")
@@ -26,6 +33,27 @@ def row_blocks(attention: Attention, cam: Tensor, rows: int) -> Tensor:
         maps = sum(attention.layer_map(k, part).mean(1) for k in range(attention.depth))  # [B, rows, T]
         blocks.append(maps[..., first:] @ cam / attention.depth)
     return torch.cat(blocks, 1)
+
+
+def affinity_memory(attention: Attention, cam: Tensor, strategy: str) -> dict[str, float]:
+    """Memory of applying the affinity of captured attention to maps [B, N, C], in MB of 10⁶ bytes.
+
+    Returns:
+        `stacked maps, MB` (formula), `peak, MB` (without gradient, as in training) and `kept for gradient,
+        MB` (what autograd would save if a gradient passed through the maps).
+    """
+    tokens = cam.shape[1] + attention.num_prefix_tokens
+    maps = affinity_map_bytes(len(cam), tokens, attention.depth, attention.heads, strategy)
+
+    def propagated(gradient: bool) -> Tensor:
+        sides = (attention.queries, attention.keys)
+        queries, keys = ([t.detach().requires_grad_(gradient) for t in side] for side in sides)
+        leaves = replace(attention, queries=queries, keys=keys)
+        return PatchAffinity(leaves, strategy=strategy) @ cam
+
+    peak = peak_memory(lambda: propagated(False), cam.device)
+    kept = saved_activation_bytes(lambda: propagated(True))
+    return {"stacked maps, MB": maps / 1e6, "peak, MB": peak / 1e6, "kept for gradient, MB": kept / 1e6}
 
 
 def step_bytes(

@@ -41,12 +41,14 @@ def readings(recipe: Recipe, haaf: bool) -> dict[str, Recipe]:
         haaf: the network has a HAAF.
     """
     plain = {"iterations": 1, "coverage": 0.0, "balance": False, "deflate": False, "per_scale": True}
-    plain["haaf_objective"] = "none"
+    plain |= {"haaf_objective": "none", "haaf_prior": 0.0}  # nothing is trained
     found = {"learned affinity": recipe} if recipe.affinity.kind == "learned" else {}
     for name, calibration in (("CAM", "none"), ("CAM, Otsu", "otsu")):
         found[name] = _changed(recipe, plain | {"kind": "none"}, calibration)
     for kind, title in (("mean", "uniform mean"), *((("haaf", "HAAF"),) if haaf else ())):
         for name, (fields, calibration) in PROPAGATIONS.items():
+            if fields.get("balance") and recipe.affinity.attention == "logits":
+                continue  # a balance needs entries that are not negative
             found[f"{title}, {name}"] = _changed(recipe, plain | {"kind": kind} | fields, calibration)
     return found
 

@@ -98,4 +98,4 @@ def labels_of(recipe: Recipe, images: Tensor, labels: Tensor, cams: Cams) -> Ten
     size = images.shape[-2:]
     box = torch.tensor([[0, size[0], 0, size[1]]] * len(images), device=images.device)
     labeler = PseudoLabeler(recipe.cam).to(images.device)
-    return labeler.training_labels(images, cams.for_labels, labels, box)[0]
+    return labeler.training_labels(images, cams.for_labels, labels, box, cams.spread)[0]
