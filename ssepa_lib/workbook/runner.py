@@ -171,9 +171,9 @@ def _announce(chosen: Sequence[Notebook], values: Mapping[str, dict], yes: bool)
         jobs += own_jobs(parameters) if any("own" in entry for entry in each.trains) else []
     if jobs:
         planned = plan(jobs)
-        for each in planned:
-            if each.source != "finished":
-                RunFolder(each.job.folder).require(each.job.recipe)
+        for run in planned:
+            if run.source != "finished":
+                RunFolder(run.job.folder).require(run.job.recipe)
         print(
             f"Notebooks: {', '.join(each.name for each in chosen)}\nRuns:\n{describe(planned)}\n", flush=True
         )
