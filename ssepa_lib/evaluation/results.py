@@ -70,9 +70,8 @@ def heading(column: str) -> str:
     """A column in words, as tables and figures have it: `segmentation, MS + CRF`; `pseudo-label, recall`."""
     name, _, measure = column.partition(" ")
     output, mode = split_column(name)
-    return (
-        _WORDS.get(output, output) + _MODES[mode] + (f", {_WORDS.get(measure, measure)}" if measure else "")
-    )
+    words = _WORDS.get(output, output) + _MODES[mode]
+    return f"{words}, {_WORDS.get(measure, measure)}" if measure else words
 
 
 def split_column(column: str) -> tuple[str, str]:

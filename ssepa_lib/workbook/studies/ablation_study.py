@@ -25,7 +25,7 @@ from ssepa_lib.model import Attention, Network, PatchAffinity
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.workbook import lesson
 from ssepa_lib.workbook.ablations import BASE, COMPARED, MICRO, base_of
-from ssepa_lib.workbook.studies.haaf_study import uniform_refiner
+from ssepa_lib.workbook.studies.haaf_study import PAPER, uniform_refiner
 from ssepa_lib.workbook.study import samples
 from ssepa_lib.workbook.tables import in_words, plus_minus
 
@@ -44,9 +44,7 @@ PLACES = {
     "once on the sum, 2 times": {"per_scale": False, "iterations": 2},
     "once on the sum, 3 times": {"per_scale": False, "iterations": 3},
     "every scale, 1 time, auxiliary map too": {"auxiliary": True},
-}  # where the affinity acts → fields of its settings, on top of _PLAIN
-_PLAIN = {"iterations": 1, "per_scale": True, "auxiliary": False, "balance": False, "deflate": False}
-_PLAIN |= {"coverage": 0.0}  # the paper's form
+}  # where the affinity acts → what differs from the paper's form, which refines the main map alone
 MEASURES = {"pseudo-label": ("train", "pseudo_label"), "segmentation": ("val", "segmentation")}
 
 
@@ -283,7 +281,7 @@ def where_it_acts(network: Network, recipe: Recipe, dataset: SegmentationDataset
     pixels, labels, _ = samples(dataset, range(min(4, len(dataset))), side)
     pixels, labels, rows = pixels.to(device), labels.to(device), {}
     for name, fields in PLACES.items():
-        refiner = uniform_refiner(recipe.affinity, **_PLAIN | fields)
+        refiner = uniform_refiner(recipe.affinity, **PAPER | {"auxiliary": False} | fields)
         changed = replace(recipe, affinity=refiner.config)
         outputs = ("aux_cam", "refined_cam")
         found = evaluate(network, changed, dataset, device=device, outputs=outputs, test_time=("ms",))["miou"]

@@ -20,6 +20,9 @@ from ssepa_lib.recipe import AffinityConfig, Recipe
 from ssepa_lib.training.trainer import learning_rate_factor
 from ssepa_lib.workbook.study import samples
 
+PAPER = {"iterations": 1, "per_scale": True, "balance": False, "deflate": False, "coverage": 0.0}
+"""Fields of an affinity in the paper's form."""
+UNTRAINED = {"haaf_objective": "none", "haaf_prior": 0.0}  # fields of an affinity that nothing trains
 Progress = Callable[[int, int], None]  # steps done, all steps
 
 
@@ -30,7 +33,7 @@ def uniform_refiner(config: AffinityConfig, **changes: Any) -> Refiner:
         config: where the other settings of the affinity come from.
         changes: its fields to replace (attention, iterations, …).
     """
-    return Refiner(replace(config, **{"kind": "mean", "haaf_objective": "none", "haaf_prior": 0.0} | changes))
+    return Refiner(replace(config, **{"kind": "mean"} | UNTRAINED | changes))
 
 
 def single_layer_refiners(config: AffinityConfig, depth: int) -> dict[str, Refiner]:

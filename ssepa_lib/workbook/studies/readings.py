@@ -17,6 +17,7 @@ from ssepa_lib.evaluation.evaluate import evaluate
 from ssepa_lib.evaluation.results import MEASURES
 from ssepa_lib.recipe import Recipe
 from ssepa_lib.training.run import load_run
+from ssepa_lib.workbook.studies.haaf_study import PAPER, UNTRAINED
 
 THREE_TIMES = {"balance": True, "iterations": 3}
 BALANCED = THREE_TIMES | {"coverage": 0.25}  # as in the recipe ssepa_plus
@@ -40,8 +41,7 @@ def readings(recipe: Recipe, haaf: bool) -> dict[str, Recipe]:
         recipe: that of the network.
         haaf: the network has a HAAF.
     """
-    plain = {"iterations": 1, "coverage": 0.0, "balance": False, "deflate": False, "per_scale": True}
-    plain |= {"haaf_objective": "none", "haaf_prior": 0.0}  # nothing is trained
+    plain = PAPER | UNTRAINED
     found = {"learned affinity": recipe} if recipe.affinity.kind == "learned" else {}
     for name, calibration in (("CAM", "none"), ("CAM, Otsu", "otsu")):
         found[name] = _changed(recipe, plain | {"kind": "none"}, calibration)
