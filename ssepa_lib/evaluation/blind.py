@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssepa_lib.data import SegmentationDataset, eval_batches
 from ssepa_lib.device import autocast
-from ssepa_lib.evaluation.multiscale import cam_view, top_class
+from ssepa_lib.evaluation.multiscale import cam_view, resized, top_class
 from ssepa_lib.evaluation.scores import Confusion
 from ssepa_lib.labels.cam import multi_scale_cam
 from ssepa_lib.labels.pseudo_labels import PseudoLabeler
@@ -75,9 +75,7 @@ def each_view(
         with torch.no_grad(), evaluating(network), autocast(recipe.train.precision, device):
             views = [maps(x, labels), maps(x.flip(-1), labels).flip(-1)]
             if smaller:
-                sides = zip(x.shape[-2:], network.backbone.patch_size, strict=True)
-                size = [max(1, round(SMALLER * side / patch)) * patch for side, patch in sides]
-                small = maps(F.interpolate(x, size, mode="bilinear", align_corners=False), labels)
+                small = maps(resized(network, x, SMALLER), labels)
                 views.append(F.interpolate(small, x.shape[-2:], mode="bilinear", align_corners=False))
         for each in range(len(x)):
             yield index, x[each], labels[each], [view[each] for view in views]

@@ -168,17 +168,16 @@ def refined_mious(
     recipe: Recipe,
     dataset: SegmentationDataset,
     refiners: dict[str, Refiner | None],
-    *,
-    background: float | None = None,
 ) -> dict[str, float | None]:
     """mIoU (percent) of the CAM at scale 1 under several refiners, from one walk over the dataset.
 
     Args:
         refiners: name → refiner; None leaves the CAM as it is.
-        background: threshold of the maps, 0..1; None: the recipe's `cam.background`.
+
+    Raises:
+        UserError: an image has no mask.
     """
-    background = recipe.cam.background if background is None else background
-    device = next(network.parameters()).device
+    background, device = recipe.cam.background, next(network.parameters()).device
     curves = {name: ThresholdConfusion(dataset.classes, [background], device) for name in refiners}
     for prediction in infer(
         network, recipe, dataset, device=device, outputs=("refined_cam",), refiners=refiners

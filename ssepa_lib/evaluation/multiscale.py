@@ -26,13 +26,18 @@ def top_class(maps: Tensor, present: Tensor, size: Sequence[int]) -> tuple[Tenso
     return value, present[index] + 1
 
 
+def resized(network: Network, image: Tensor, scale: float) -> Tensor:
+    """Images [B, 3, H, W] at a scale, whose sides are rounded to the nearest multiples of the patch."""
+    sides = zip(image.shape[-2:], network.backbone.patch_size, strict=True)
+    size = [max(1, round(side * scale / patch)) * patch for side, patch in sides]
+    return F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False)
+
+
 def scale_logits(network: Network, image: Tensor, scales: Sequence[float], flip: bool) -> list[Tensor]:
     """Logits [B, C+1, h, w] per scale; with `flip`, plus those of the flipped image, flipped back."""
     maps = []
     for scale in scales:
-        sides = zip(image.shape[-2:], network.backbone.patch_size, strict=True)
-        size = [max(1, round(side * scale / patch)) * patch for side, patch in sides]
-        view = F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False)
+        view = resized(network, image, scale)
         logits = network(torch.cat([view, view.flip(-1)]) if flip else view).segmentation.float()
         if flip:  # resizing is linear and symmetric, so adding first gives the same as adding at label size
             direct, flipped = logits.chunk(2)

@@ -86,6 +86,9 @@ def _plot_term(tables: Mapping[str, pd.DataFrame], term: str, smooth: int, ax: A
 def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
     """What methods reach while they are trained: one panel per output, one line per method.
 
+    Lines of other seeds than most methods have are dashed, and named with their seeds: one seed can be
+    several points easier than another.
+
     Args:
         curves: from `score_curve.mean_curves`.
 
@@ -93,14 +96,17 @@ def plot_score_curves(curves: pd.DataFrame) -> np.ndarray:
         Axes of the panels.
     """
     outputs = [name for name in OUTPUTS if name in curves and curves[name].notna().any()]
+    usual = curves.drop_duplicates("method")["seeds"].mode()[0]
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys((*SCORED, *curves["method"])))}
     figure, axes = plt.subplots(
         1, len(outputs), figsize=(2.6 * len(outputs), 2.8), sharey=True, squeeze=False
     )
     for ax, output in zip(axes[0], outputs, strict=True):
         for method, rows in curves.groupby("method", sort=False):
-            shown = rows.dropna(subset=[output])
-            ax.plot(shown["step"], shown[output], "o-", color=colours[method], label=method, lw=1.4, ms=3)
+            shown, seeds = rows.dropna(subset=[output]), rows["seeds"].iloc[0]
+            only = f"{method}, only seed{'s' if ',' in seeds else ''} {seeds}"
+            label, line = (method, "o-") if seeds == usual else (only, "o--")
+            ax.plot(shown["step"], shown[output], line, color=colours[method], label=label, lw=1.4, ms=3)
         ax.set(title=heading(output), xlabel="step")
     axes[0, 0].set_ylabel("mIoU, %")
     entries = axes[0, 0].get_legend_handles_labels()
