@@ -58,9 +58,6 @@ def test_an_interrupted_curve_is_continued_and_a_restarted_one_begins_anew(tiny,
     assert read_curve(tmp_path / "b")["step"].tolist() == [0, 2]
 
 
-SEEDS = {"toco": "0, 1", "mcc": "0, 1", "afa": "1", "fsr": "1, 2"}
-
-
 def write(folder, steps, value):
     folder.mkdir()
     rows = "".join(f"{step},{value + step},,{value},{2 * value}\n" for step in steps)
@@ -80,7 +77,8 @@ def test_curves_are_averaged_over_the_seeds_that_have_one(tmp_path):
 
 
 def test_a_line_of_fewer_seeds_is_dashed_and_says_so():
-    rows = [(method, seeds, step, 1.0) for method, seeds in SEEDS.items() for step in (0, 10)]
+    seeds = {"toco": "0, 1", "mcc": "0, 1", "afa": "1", "fsr": "1, 2"}
+    rows = [(method, seeds[method], step, 1.0) for method in seeds for step in (0, 10)]
     axes = plot_score_curves(pd.DataFrame(rows, columns=["method", "seeds", "step", "cam"]))
     lines = {line.get_label(): line.get_linestyle() for line in axes[0].lines}
     assert lines == {"toco": "-", "mcc": "-", "afa, only seed 1": "--", "fsr, only seeds 1, 2": "--"}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import Batch, SegmentationDataset
-from ssepa_lib.data.images import classes_in
+from ssepa_lib.data.images import classes_in, resize_mask
 from ssepa_lib.data.shapes import ShapesDataset, render_scene
 from ssepa_lib.data.voc import VOC_CLASSES, VocDataset
 from ssepa_lib.device import describe_device, precision, resolve_device
@@ -138,7 +138,7 @@ class Setup:
             scenes = [render_scene("train", i, size=round(1.15 * side)) for i in range(count)]
             items = [(torch.from_numpy(i).permute(2, 0, 1), torch.from_numpy(m)) for i, m in scenes]
         image = [F.interpolate(i[None].float(), (side, side), mode="area")[0].byte() for i, _ in items]
-        mask = [F.interpolate(m[None, None].float(), (side, side))[0, 0].byte() for _, m in items]
+        mask = [resize_mask(m, side) for _, m in items]
         return torch.stack(image), torch.stack(mask)
 
     def batch(self, count: int, side: int = 0) -> Batch:

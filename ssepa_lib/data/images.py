@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -106,6 +107,11 @@ def write_mask(path: Path, ids: np.ndarray) -> None:
     image = Image.fromarray(ids.astype(np.uint8), mode="P")
     image.putpalette([value for colour in voc_palette() for value in colour])
     write_atomically(path, lambda part: image.save(part, format="PNG"))
+
+
+def resize_mask(ids: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Class ids [H, W] at another size, (height, width) or that of a square; nearest neighbour, uint8."""
+    return F.interpolate(ids[None, None].float(), size, mode="nearest")[0, 0].byte()
 
 
 def classes_in(mask: Tensor, classes: int) -> Tensor:

@@ -10,11 +10,11 @@ from functools import wraps
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ssepa_lib.data import SegmentationDataset, eval_batches
+from ssepa_lib.data.images import resize_mask
 from ssepa_lib.data.loaders import require_classes
 from ssepa_lib.device import autocast, cores
 from ssepa_lib.evaluation.multiscale import background_and_cam, cam_view, merge_scales, scale_logits
@@ -96,7 +96,7 @@ class Prediction:
         if output == "segmentation":
             return self.segmentation(mode).max(0).indices
         pseudo = self._batch.pseudo_labels(_base(mode))[self._place]
-        return F.interpolate(pseudo[None, None].float(), size=self.size, mode="nearest")[0, 0].long()
+        return resize_mask(pseudo, self.size).long()
 
     def crf_job(self, output: str) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Input of the dense CRF: image [H, W, 3], probabilities [X, H, W] and their class ids [X]."""

@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ssepa_lib.compose import load_recipe
 from ssepa_lib.data import SegmentationDataset, build_dataset, eval_batches, measured_split
+from ssepa_lib.data.images import resize_mask
 from ssepa_lib.device import describe_device, resolve_device
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation.attention import attention_statistics
@@ -31,8 +31,6 @@ from ssepa_lib.workbook.ablations import FSR_ARMS
 from ssepa_lib.workbook.progress import bars
 from ssepa_lib.workbook.queue import Job, Report, run_jobs, share, stored_outcome
 from ssepa_lib.workbook.tables import result_row
-
-Side = int | tuple[int, int]  # of a square, or height and width
 
 
 def environment(device: torch.device | str) -> str:
@@ -285,7 +283,7 @@ def samples(
     shown = [dataset.image(i).resize((side, side), Image.Resampling.BILINEAR) for i in indices]
     images = torch.stack([pil_to_tensor(image).float() for image in shown])
     masks = [dataset.mask(i) for i in indices]
-    squares = None if any(mask is None for mask in masks) else [_square(mask, side) for mask in masks]
+    squares = None if any(mask is None for mask in masks) else [resize_mask(mask, side) for mask in masks]
     return images, torch.stack([dataset.label(i) for i in indices]), squares
 
 
@@ -302,21 +300,17 @@ def with_label(dataset: SegmentationDataset, first: int, count: int = 1) -> list
     return found
 
 
-def _square(ids: Tensor, side: Side) -> Tensor:
-    """Ids [H, W] resized to [side, side], nearest neighbour."""
-    return F.interpolate(ids[None, None].float(), side)[0, 0].byte()
-
-
 def object_parts(
-    dataset: SegmentationDataset, indices: Sequence[int], side: Side, classes: Sequence[int]
+    dataset: SegmentationDataset, indices: Sequence[int], size: int | tuple[int, int], classes: Sequence[int]
 ) -> list[Tensor] | None:
     """Head and body of one class per image, as `evaluation.maps.mass_by_part` wants them.
 
     Args:
+        size: of the result, (height, width) or that of a square.
         classes: index of that class for each image, from 0.
 
     Returns:
-        Per image uint8 [side, side]: 1 head, 2 body of the class, 0 everything else. Where the dataset does
+        Per image uint8 of that size: 1 head, 2 body of the class, 0 everything else. Where the dataset does
         not know parts, the whole object counts as body. None where an image has no mask.
     """
     found = []
@@ -325,5 +319,5 @@ def object_parts(
         if mask is None:
             return None
         own = (mask == kind + 1).byte()
-        found.append(_square(own * (2 if parts is None else parts), side))
+        found.append(resize_mask(own * (2 if parts is None else parts), size))
     return found

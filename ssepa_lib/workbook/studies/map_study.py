@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssepa_lib.data import IGNORE, SegmentationDataset
+from ssepa_lib.data.images import resize_mask
 from ssepa_lib.data.shapes import SHAPE_CLASSES, render_scene, scene_facts
 from ssepa_lib.errors import UserError
 from ssepa_lib.evaluation import infer
@@ -124,7 +125,7 @@ def _image_rows(
     """The rows of one image, for the first class of its label."""
     kind, rows = int(maps.present[0]), []
     size = tuple(maps.main.shape[-2:])
-    small = F.interpolate(mask[None, None].float(), size)[0, 0].long()
+    small = resize_mask(mask, size).long()
     parts = object_parts(dataset, [index], size, [kind])[0].to(mask.device)
     for name, refined in maps.refined.items():
         shown = refined[0]
@@ -208,7 +209,7 @@ def _scenes(
         image, _, part = render_scene(split, index, parts=True, background=ground)
         tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
         pixels.append(F.interpolate(tensor, (side, side), mode="bilinear"))
-        parts.append(F.interpolate(torch.from_numpy(part)[None, None].float(), (side, side))[0, 0].byte())
+        parts.append(resize_mask(torch.from_numpy(part), side))
     return torch.cat(pixels), parts
 
 
